@@ -1,0 +1,77 @@
+"""Policy: plan(state) → Plan, pure. One file a policy; the file name is its key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from muxtune.sim.cost.base import CostModel
+from muxtune.spec.cluster import Cluster
+from muxtune.spec.errors import UnknownKeyError
+from muxtune.spec.estimate import Estimate
+from muxtune.spec.layout import Layout
+from muxtune.spec.noun import noun
+from muxtune.spec.plan import Plan
+from muxtune.spec.registry import load_file_class, parse_config, plugins, split_reference
+from muxtune.spec.task import Workload
+
+Evaluate = Callable[[Plan], Estimate]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SystemState:
+    """What a policy plans for. `evaluate` runs the simulator on a candidate, for policies that search with it."""
+
+    workload: Workload
+    cluster: Cluster
+    layout: Layout
+    microbatches: int
+    seed: int = 0
+    evaluate: Evaluate | None = field(default=None, compare=False)
+
+
+@noun
+class NoConfig:
+    """A policy without options."""
+
+
+class Policy:
+    """Base of every policy. A subclass sets `Config` (its own frozen options) and defines `plan`."""
+
+    Config: type[Any] = NoConfig
+
+    def __init__(self, config: Any, cost: CostModel) -> None:
+        self.config = config
+        self.cost = cost
+
+    def plan(self, state: SystemState) -> Plan:
+        """Decide. Must not read clocks or globals: equal arguments give equal Plans.
+
+        Raises:
+            InfeasibleError: nothing fits, with the tightest constraint named.
+        """
+        raise NotImplementedError
+
+
+def policies() -> dict[str, type[Policy]]:
+    """Every policy by key: files of this folder, then entry points in `muxtune.policies`."""
+    return plugins("policies", Path(__file__).parent, "muxtune.policies", Policy)
+
+
+def make_policy(reference: str, cost: CostModel) -> Policy:
+    """Build a policy from `NAME`, `NAME:key=value,…` or `FILE.py:CLASS`.
+
+    Raises:
+        UnknownKeyError: no such policy or option.
+    """
+    name, options = split_reference(reference)
+    if ".py:" in name:
+        found: type[Policy] = load_file_class(name, Policy)
+    else:
+        known = policies()
+        if name not in known:
+            raise UnknownKeyError("policy", name, known)
+        found = known[name]
+    return found(parse_config("policy", name, found.Config, options), cost)

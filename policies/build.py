@@ -1,0 +1,82 @@
+"""Building blocks that policies share: instances from groups of tasks, batches of an hTask, and the surrogate's latencies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from muxtune.policies.base import Policy, SystemState
+from muxtune.spec.align import Alignment, Batch, Row, spread_slots
+from muxtune.spec.catalogue import StageContext
+from muxtune.spec.layout import Layout
+from muxtune.spec.noun import plain
+from muxtune.spec.plan import Bucket, HTask, Instance, MadeBy, Part, Plan, SolverRecord, Unit
+from muxtune.spec.task import Workload
+
+
+def make_bucket(workload: Workload, htasks: Sequence[HTask], indices: Sequence[int], microbatches: int) -> Bucket:
+    """A bucket of hTasks (indices into `htasks`) whose tasks' samples are spread evenly over C micro-batches."""
+    parts: list[list[Part]] = [[] for _ in range(microbatches)]
+    for index in indices:
+        for task_id in htasks[index].tasks:
+            spread = spread_slots(workload.task(task_id).global_batch_samples, microbatches)
+            for c, slots in enumerate(spread):
+                if slots:
+                    parts[c].append(Part(htask=index, task=task_id, slots=slots))
+    units = tuple(Unit(parts=tuple(p)) for p in parts if p)
+    return Bucket(htasks=tuple(indices), units=units)
+
+
+def make_instance(
+    state: SystemState, name: str, groups: Sequence[Sequence[str]], buckets: Sequence[Sequence[int]], alignment: Alignment = "pad"
+) -> Instance:
+    """An instance on the first devices of the cluster; `groups` are the hTasks' task ids, `buckets` hold hTask indices."""
+    htasks = tuple(HTask(tasks=tuple(g), alignment=alignment) for g in groups)
+    made = tuple(make_bucket(state.workload, htasks, indices, state.microbatches) for indices in buckets)
+    return Instance(
+        name=name,
+        devices=tuple(range(state.layout.ranks)),
+        layout=state.layout,
+        htasks=htasks,
+        buckets=made,
+        microbatches=state.microbatches,
+    )
+
+
+def make_plan(
+    policy: Policy, key: str, state: SystemState, instances: Sequence[Instance], solver: SolverRecord | None = None
+) -> Plan:
+    """Wrap instances into a Plan that says who made it."""
+    config = ",".join(f"{k}={v}" for k, v in plain(policy.config).items())
+    made_by = MadeBy(policy=key, config=config, cost_model=policy.cost.model_id, solver=solver)
+    return Plan(workload=state.workload, cluster=state.cluster, instances=tuple(instances), made_by=made_by)
+
+
+def planning_batch(workload: Workload, tasks: Sequence[str], microbatches: int, alignment: Alignment) -> Batch:
+    """The largest micro-batch of an hTask, as planned with: billed lengths (`pad`) or mean lengths (`varlen`)."""
+    members = [workload.task(t) for t in tasks]
+    longest = max(t.billed_len_tokens for t in members)
+    rows: list[Row] = []
+    for task in members:
+        count = -(-task.global_batch_samples // microbatches)
+        mean = mean_length(workload, task.task_id)
+        length = longest if alignment == "pad" else mean
+        rows += [
+            Row(task=task.task_id, slot=s, sample=0, prompt_tokens=mean - 1, response_tokens=1, length_tokens=length) for s in range(count)
+        ]
+    return Batch(htask=0, rows=tuple(rows))
+
+
+def mean_length(workload: Workload, task_id: str) -> int:
+    """Mean tokens of a task's samples after truncation to its billed length, at least 1."""
+    task = workload.task(task_id)
+    lengths = workload.lengths(task)
+    prompt, response = lengths.lengths(np.arange(lengths.samples))
+    return max(1, round(float(np.minimum(prompt + response, task.billed_len_tokens).mean())))
+
+
+def stage_contexts(workload: Workload, layout: Layout) -> tuple[StageContext, ...]:
+    """The operator context of every stage, with every task's adapter known."""
+    adapters = tuple((t.task_id, t.peft) for t in workload.tasks)
+    return tuple(StageContext(model=workload.model, layout=layout, stage=s, adapters=adapters) for s in range(layout.pp))

@@ -1,0 +1,1 @@
+"""Cost models: one file each; `roofline` from a data sheet, `table` from a measured profile."""

@@ -1,0 +1,140 @@
+"""bind(plan, draw) → Program: no cost model, no choice; every decision was made in the Plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from muxtune.spec.align import Batch, Row
+from muxtune.spec.catalogue import stage_subgraphs
+from muxtune.spec.draw import Draw, align_sample, draw_samples
+from muxtune.spec.errors import PlanError
+from muxtune.spec.noun import digest
+from muxtune.spec.order import feed_of, gpipe, one_f_one_b
+from muxtune.spec.plan import Action, Bucket, Instance, Launch, LaunchList, Plan, StageOrder
+from muxtune.spec.program import Bound, Instruction, Program, RankProgram, StageLaunches, UnitKey, UnitWork
+
+
+def bind(plan: Plan, *, seed: int, steps: int = 1, first_step: int = 0) -> Bound:
+    """Draw samples with `seed` and compile the plan for `steps` optimizer steps of every task."""
+    return bind_draw(plan, draw_samples(plan.workload, seed, steps, first_step), first_step)
+
+
+def bind_draw(plan: Plan, draw: Draw, first_step: int = 0) -> Bound:
+    """Compile a plan for a given draw.
+
+    Raises:
+        PlanError: an explicit order covers a number of steps that does not divide the draw's.
+    """
+    units: list[UnitWork] = []
+    lists: dict[int, list[Instruction]] = {device: [] for i in plan.instances for device in i.devices}
+    tags = _Tags()
+    for index, instance in enumerate(plan.instances):
+        if draw.steps % instance.steps:
+            raise PlanError(f"instance {instance.name}: its order covers {instance.steps} steps, which does not divide {draw.steps}")
+    for step in range(draw.steps):
+        for index, instance in enumerate(plan.instances):
+            if step % instance.steps:
+                continue
+            works = {w.key: w for s in range(instance.steps) for w in _unit_works(plan, draw, index, step + s, first_step)}
+            units += works.values()
+            for rank, device in enumerate(instance.devices):
+                lists[device] += _rank_instructions(plan, index, rank, step, works, tags)
+    program = Program(
+        plan_digest=digest(plan),
+        seed=draw.seed,
+        steps=draw.steps,
+        ranks=tuple(RankProgram(rank=device, instructions=tuple(lists[device])) for device in sorted(lists)),
+        units=tuple(units),
+        launches=tuple(_all_launches(plan)),
+    )
+    return Bound(plan=plan, program=program)
+
+
+def stage_orders(instance: Instance) -> tuple[StageOrder, ...]:
+    """The explicit order of every stage, whatever way the plan states it; steps follow the last backward unless placed."""
+    if instance.order == "explicit":
+        orders = tuple(sorted(instance.orders, key=lambda o: o.stage))
+    else:
+        make = one_f_one_b if instance.order == "1f1b" else gpipe
+        orders = make(feed_of(instance), instance.layout.pp)
+    if any(a.op == "step" for o in orders for a in o.actions):
+        return orders
+    steps = tuple(Action(op="step", task=task, step=instance.steps - 1) for task in instance.tasks)
+    return tuple(StageOrder(stage=o.stage, actions=o.actions + steps) for o in orders)
+
+
+def _unit_works(plan: Plan, draw: Draw, index: int, step: int, first_step: int) -> Iterator[UnitWork]:
+    instance = plan.instances[index]
+    for b, bucket in enumerate(instance.buckets):
+        for u in range(len(bucket.units)):
+            key = UnitKey(step=step, instance=index, bucket=b, unit=u)
+            batches = (_batch(plan, draw, instance, bucket, u, h, first_step + step) for h in bucket.htasks)
+            yield UnitWork(key=key, batches=tuple(b for b in batches if b.rows))
+
+
+def _batch(plan: Plan, draw: Draw, instance: Instance, bucket: Bucket, unit: int, htask: int, step: int) -> Batch:
+    """The rows of one hTask in one unit, tasks in hTask order, so that each task's tokens are contiguous."""
+    group = instance.htasks[htask]
+    tasks = {t: plan.workload.task(t) for t in group.tasks}
+    longest = max(t.billed_len_tokens for t in tasks.values())
+    rows: list[Row] = []
+    for task_id in group.tasks:
+        samples = draw.of(task_id, step)
+        for part in bucket.units[unit].parts:
+            if part.htask == htask and part.task == task_id:
+                rows += [align_sample(tasks[task_id], s, samples[s], group.alignment, longest) for s in part.slots]
+    return Batch(htask=htask, rows=tuple(rows))
+
+
+class _Tags:
+    """Hands out one message number for each (unit, boundary, payload), whichever end asks first."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[tuple[UnitKey, int, str], int] = {}
+
+    def of(self, key: UnitKey, boundary: int, payload: str) -> int:
+        return self.numbers.setdefault((key, boundary, payload), len(self.numbers) + 1)
+
+
+def _rank_instructions(
+    plan: Plan, index: int, rank: int, step: int, works: dict[UnitKey, UnitWork], tags: _Tags
+) -> Iterator[Instruction]:
+    """The instructions of one rank for one pass over an instance's order."""
+    instance = plan.instances[index]
+    layout = instance.layout
+    stage = layout.stage_of(rank)
+    ends = {d: instance.devices[layout.rank_at(rank, stage + d)] for d in (-1, 1) if 0 <= stage + d < layout.pp}
+    width_bytes = plan.workload.model.hidden * plan.workload.model.element_bytes
+    for action in stage_orders(instance)[stage].actions:
+        key = UnitKey(step=step + action.step, instance=index, bucket=action.bucket, unit=action.unit)
+        if action.op == "step":
+            yield Instruction(op="step", key=key, task=action.task)
+            continue
+        size_bytes = works[key].tokens * width_bytes
+        forward = action.op == "forward"
+        payload, source, target = ("activation", -1, 1) if forward else ("gradient", 1, -1)
+        for side, op in ((source, "recv"), (0, action.op), (target, "send")):
+            if side == 0:
+                yield Instruction(op=action.op, key=key)
+            elif side in ends:
+                tag = tags.of(key, min(stage, stage + side), payload)
+                yield Instruction(op=op, key=key, peer=ends[side], tag=tag, payload=payload, size_bytes=size_bytes)  # type: ignore[arg-type]
+
+
+def serial_launches(instance: Instance, bucket: Bucket, stage: int) -> Iterator[LaunchList]:
+    """One hTask after the other; collectives on the communication stream."""
+    for direction in ("forward", "backward"):
+        subgraphs = stage_subgraphs(instance.layout, stage, direction)  # type: ignore[arg-type]
+        launches = tuple(
+            Launch(htask=h, subgraph=s.index, stream="comm" if s.kind == "collective" else "compute") for h in bucket.htasks for s in subgraphs
+        )
+        yield LaunchList(stage=stage, direction=direction, launches=launches)  # type: ignore[arg-type]
+
+
+def _all_launches(plan: Plan) -> Iterable[StageLaunches]:
+    for i, instance in enumerate(plan.instances):
+        for b, bucket in enumerate(instance.buckets):
+            for stage in range(instance.layout.pp):
+                stated = [x for x in bucket.launches if x.stage == stage]
+                for x in stated or serial_launches(instance, bucket, stage):
+                    yield StageLaunches(instance=i, bucket=b, stage=stage, direction=x.direction, launches=x.launches)

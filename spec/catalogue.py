@@ -1,0 +1,229 @@
+"""The operator catalogue of a dense decoder: pieces of a stage, the subgraphs they are launched as, and their operators.
+
+A stage is a row of pieces. Cut after each collective (MuxTune §3.4.2) they become subgraphs, in forward and backward order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from muxtune.spec import ops
+from muxtune.spec.align import Batch
+from muxtune.spec.layout import Layout
+from muxtune.spec.model import ModelSpec
+from muxtune.spec.noun import noun
+from muxtune.spec.ops import Direction, Op
+from muxtune.spec.peft import PeftSpec
+
+PieceName = Literal["embed", "norm1", "attention", "norm2", "mlp", "exit", "final_norm", "head"]
+
+#: Row-parallel outputs (and the sharded embedding) are summed over tp right after the piece ...
+REDUCED_AFTER_FORWARD = frozenset({"embed", "attention", "mlp"})
+#: ... and column-parallel inputs have their gradient summed right after the piece's backward.
+REDUCED_AFTER_BACKWARD = frozenset({"head", "attention", "mlp"})
+
+
+@noun
+class Piece:
+    """The smallest part of a stage that has its own autograd cut. `layer` is the global layer number, -1 outside layers."""
+
+    name: PieceName
+    layer: int = -1
+
+
+@noun
+class Subgraph:
+    """What is launched at once: pieces of compute, or one collective over tp that follows them."""
+
+    index: int
+    kind: Literal["compute", "collective"]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def name(self) -> str:
+        """For people: `layer3.attention`, `head`, `layer3.mlp all_reduce`."""
+        piece = self.pieces[-1]
+        label = piece.name if piece.layer < 0 else f"layer{piece.layer}.{piece.name}"
+        return label if self.kind == "compute" else f"{label} all_reduce"
+
+
+def stage_pieces(layout: Layout, stage: int) -> tuple[Piece, ...]:
+    """The pieces of a stage in forward order."""
+    pieces: list[Piece] = [Piece(name="embed")] if layout.is_first(stage) else []
+    for layer in layout.layers_of(stage):
+        names: tuple[PieceName, ...] = ("norm1", "attention", "norm2", "mlp")
+        pieces += [Piece(name=name, layer=layer) for name in names]
+    pieces += [Piece(name="final_norm"), Piece(name="head")] if layout.is_last(stage) else [Piece(name="exit")]
+    return tuple(pieces)
+
+
+def stage_subgraphs(layout: Layout, stage: int, direction: Literal["forward", "backward"]) -> tuple[Subgraph, ...]:
+    """The subgraphs of a stage in serial order: compute up to a cut, then (tp > 1) the collective of that cut."""
+    pieces = stage_pieces(layout, stage)
+    cuts = REDUCED_AFTER_FORWARD if direction == "forward" else REDUCED_AFTER_BACKWARD
+    if direction == "backward":
+        pieces = tuple(p for p in reversed(pieces) if p.name != "embed")
+    found: list[Subgraph] = []
+    open_pieces: list[Piece] = []
+    for piece in pieces:
+        open_pieces.append(piece)
+        if piece.name not in cuts:
+            continue
+        found.append(Subgraph(index=len(found), kind="compute", pieces=tuple(open_pieces)))
+        if layout.tp > 1:
+            found.append(Subgraph(index=len(found), kind="collective", pieces=(piece,)))
+        open_pieces = []
+    if open_pieces:
+        found.append(Subgraph(index=len(found), kind="compute", pieces=tuple(open_pieces)))
+    return tuple(found)
+
+
+@noun
+class StageContext:
+    """All that decides the operators of a stage: backbone, layout, stage, and each task's adapter."""
+
+    model: ModelSpec
+    layout: Layout
+    stage: int
+    adapters: tuple[tuple[str, PeftSpec], ...]
+
+    def peft(self, task: str) -> PeftSpec:
+        """The adapter of a task (KeyError if it has none)."""
+        return dict(self.adapters)[task]
+
+
+def piece_ops(context: StageContext, piece: Piece, batch: Batch) -> Iterator[tuple[Op, bool]]:
+    """Forward operators of a piece for a batch, each with whether it holds trainable parameters."""
+    model, tokens, dtype, e = context.model, batch.tokens, context.model.dtype, context.model.element_bytes
+    first_layer = context.layout.layers_of(context.stage)[0]
+    if piece.name == "embed":
+        yield ops.pointwise("embedding", tokens, (model.vocab // context.layout.tp, model.hidden), 2, 0, "forward", dtype, e), False
+    elif piece.name in ("norm1", "norm2", "final_norm"):
+        if not (piece.name == "norm1" and piece.layer == first_layer):
+            yield _residual(model, tokens), False
+        yield ops.pointwise(model.norm, tokens, (model.hidden,), 2, 4, "forward", dtype, e), False
+    elif piece.name == "attention":
+        yield from _attention(context, batch)
+    elif piece.name == "mlp":
+        yield from _mlp(context, batch)
+    elif piece.name == "exit":
+        yield _residual(model, tokens), False
+    else:
+        vocab = model.vocab // context.layout.tp
+        yield ops.linear(tokens, (model.hidden, vocab), False, "forward", dtype, e), False
+        yield ops.pointwise("cross_entropy", tokens, (vocab,), 2, 3, "forward", dtype, e), False
+
+
+def _attention(context: StageContext, batch: Batch) -> Iterator[tuple[Op, bool]]:
+    model, tp, dtype, e = context.model, context.layout.tp, context.model.dtype, context.model.element_bytes
+    heads, kv = model.heads // tp, max(1, model.kv_heads // tp)
+    yield ops.overhead(batch.tokens, model.hidden, model.ffn_hidden, "forward", dtype), False
+    yield from _base_op(context, batch, "qkv")
+    if model.positions == "rope":
+        yield ops.pointwise("rope", batch.tokens, (heads + kv, model.head_dim), 2, 3, "forward", dtype, e), False
+    for rows, length in batch.runs():
+        yield ops.attention(rows, length, (heads, kv, model.head_dim), "forward", dtype, e), False
+    yield from _base_op(context, batch, "proj")
+
+
+def _mlp(context: StageContext, batch: Batch) -> Iterator[tuple[Op, bool]]:
+    model, dtype, e = context.model, context.model.dtype, context.model.element_bytes
+    yield from _base_op(context, batch, "fc1")
+    ffn = model.ffn_hidden // context.layout.tp
+    yield ops.pointwise(model.activation, batch.tokens, (ffn,), 3 if model.gated else 2, 5, "forward", dtype, e), False
+    yield from _base_op(context, batch, "fc2")
+
+
+def _base_op(context: StageContext, batch: Batch, target: str) -> Iterator[tuple[Op, bool]]:
+    """A BaseOp, then the adapters that the batch's tasks hang on it (task segments in order)."""
+    model, dtype, e = context.model, context.model.dtype, context.model.element_bytes
+    features = shard(model, context.layout.tp, target)
+    bias = model.biases == "all" or (model.biases == "qkv" and target == "qkv")
+    yield ops.linear(batch.tokens, features, bias, "forward", dtype, e), False
+    for task, start, end in batch.segments():
+        peft = context.peft(task)
+        if target in peft.targets:
+            family, rank = peft.operator()
+            assert family == "lora"
+            yield ops.lora(end - start, features, rank, "forward", dtype, e), True
+
+
+def shard(model: ModelSpec, tp: int, target: str) -> tuple[int, int]:
+    """(in, out) of one tp rank's shard: column-parallel qkv and fc1, row-parallel proj and fc2."""
+    k, n = model.linear_shape(target)
+    return (k, n // tp) if target in ("qkv", "fc1") else (k // tp, n)
+
+
+def _residual(model: ModelSpec, tokens: int) -> Op:
+    return ops.pointwise("residual", tokens, (model.hidden,), 3, 1, "forward", model.dtype, model.element_bytes)
+
+
+def stage_ops(context: StageContext, batch: Batch) -> tuple[tuple[Piece, tuple[Op, ...], tuple[Op, ...]], ...]:
+    """(piece, forward operators, backward operators) of a stage for a batch.
+
+    Backward of a frozen operator is its input gradient. Nothing flows back above the first trainable operator of stage 0,
+    so operators before it have no backward and the adapter itself needs weight gradients only.
+    """
+    live = not context.layout.is_first(context.stage)
+    rows: list[tuple[Piece, tuple[Op, ...], tuple[Op, ...]]] = []
+    for piece in stage_pieces(context.layout, context.stage):
+        forward: list[Op] = []
+        backward: list[Op] = []
+        first_adapted = False
+        for op, trainable in piece_ops(context, piece, batch):
+            forward.append(op)
+            if trainable and (not live or first_adapted):
+                backward.append(_turn(op, "weights"))
+                first_adapted = True  # the other tasks' adapters on the same BaseOp get no input gradient either
+                live = True
+            elif live:
+                first_adapted = False
+                backward.append(_turn(op, "backward"))
+        rows.append((piece, tuple(forward), tuple(reversed(backward))))
+    return tuple(rows)
+
+
+def _turn(op: Op, direction: Direction) -> Op:
+    """The backward (or weights-only) counterpart of a forward operator."""
+    dtype = op.dtype
+    e = {"fp32": 4}.get(dtype, 2)
+    if op.family == "linear":
+        return ops.linear(op.size[0], (op.shape[0], op.shape[1]), bool(op.shape[2]), "backward", dtype, e)
+    if op.family == "lora":
+        return ops.lora(op.size[0], (op.shape[0], op.shape[1]), op.shape[2], direction, dtype, e)
+    if op.family == "attention":
+        return ops.attention(op.size[0], op.size[1], (op.shape[0], op.shape[1], op.shape[2]), "backward", dtype, e)
+    if op.family == "layer_overhead":
+        return ops.overhead(op.size[0], op.shape[0], op.shape[1], "backward", dtype)
+    return Op(
+        family=op.family,
+        direction="backward",
+        dtype=dtype,
+        size=op.size,
+        shape=op.shape,
+        flops=2 * op.flops,
+        moved_bytes=2 * op.moved_bytes,
+    )
+
+
+def subgraph_ops(context: StageContext, batch: Batch, direction: Literal["forward", "backward"]) -> tuple[tuple[Op, ...], ...]:
+    """Operators of each subgraph of a stage, in the order of `stage_subgraphs`; a collective is one all_reduce."""
+    by_piece = {piece: (fwd, bwd) for piece, fwd, bwd in stage_ops(context, batch)}
+    index = 0 if direction == "forward" else 1
+    found: list[tuple[Op, ...]] = []
+    size_bytes = batch.tokens * context.model.hidden * context.model.element_bytes
+    for subgraph in stage_subgraphs(context.layout, context.stage, direction):
+        if subgraph.kind == "collective":
+            found.append((ops.message("all_reduce", size_bytes, (context.layout.tp,)),))
+        else:
+            found.append(tuple(op for piece in subgraph.pieces for op in by_piece[piece][index]))
+    return tuple(found)
+
+
+def adapter_sizes(context: StageContext, task: str) -> tuple[int, int]:
+    """(trainable parameters, trainable tensors) of a task on one rank of a stage."""
+    peft = context.peft(task)
+    layers = len(context.layout.layers_of(context.stage))
+    parameters = sum(peft.parameters_on(*shard(context.model, context.layout.tp, t)) for t in peft.targets)
+    return layers * parameters, layers * len(peft.targets) * peft.tensors_on()

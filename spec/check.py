@@ -1,0 +1,252 @@
+"""check: every reason why a Plan, or a Program made from it, cannot be executed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from muxtune.spec.bind import bind, stage_orders
+from muxtune.spec.catalogue import stage_subgraphs
+from muxtune.spec.errors import PlanError
+from muxtune.spec.memory import rank_peaks
+from muxtune.spec.plan import Instance, Plan
+from muxtune.spec.program import Bound, Program
+from muxtune.spec.units import format_bytes
+
+
+def check(plan: Plan, seed: int = 0) -> tuple[str, ...]:
+    """All problems of a plan, worst kind first: structure, then (if that is sound) order, channels and memory of its Program."""
+    problems = [*_tasks(plan), *(p for i in plan.instances for p in _instance(plan, i))]
+    if problems:
+        return tuple(problems)
+    bound = bind(plan, seed=seed, steps=max(i.steps for i in plan.instances))
+    return (*check_program(bound.program), *check_memory(bound))
+
+
+def require_valid(plan: Plan, seed: int = 0) -> None:
+    """Raise PlanError with every problem of the plan."""
+    problems = check(plan, seed)
+    if problems:
+        raise PlanError("; ".join(problems))
+
+
+def _tasks(plan: Plan) -> Iterator[str]:
+    placed = Counter(t for i in plan.instances for t in i.tasks)
+    for task in plan.workload.tasks:
+        if placed[task.task_id] == 0:
+            yield f"task {task.task_id} is in no hTask: place it in one"
+        if placed[task.task_id] > 1:
+            yield f"task {task.task_id} is placed {placed[task.task_id]} times: place it in one hTask only"
+    known = {t.task_id for t in plan.workload.tasks}
+    for task_id in sorted(set(placed) - known):
+        yield f"task {task_id} is placed but not in the workload"
+
+
+def _instance(plan: Plan, instance: Instance) -> Iterator[str]:
+    yield from _layout(plan, instance)
+    in_buckets = Counter(h for b in instance.buckets for h in b.htasks)
+    for h in range(len(instance.htasks)):
+        if in_buckets[h] != 1:
+            yield f"instance {instance.name}: hTask {h} is in {in_buckets[h]} buckets, must be in exactly 1"
+    for h in sorted(set(in_buckets) - set(range(len(instance.htasks)))):
+        yield f"instance {instance.name}: a bucket names hTask {h}, but there are only {len(instance.htasks)}"
+    yield from _slots(plan, instance)
+    yield from _orders(instance)
+    if all(0 <= x.stage < instance.layout.pp for b in instance.buckets for x in b.launches):
+        yield from _launches(instance)
+    else:
+        yield f"instance {instance.name}: a launch list names a stage outside 0..{instance.layout.pp - 1}"
+
+
+def _layout(plan: Plan, instance: Instance) -> Iterator[str]:
+    name, layout, model = f"instance {instance.name}", instance.layout, plan.workload.model
+    if len(instance.devices) != layout.ranks or len(set(instance.devices)) != layout.ranks:
+        yield f"{name}: {list(instance.devices)} must be {layout.ranks} different devices (tp·pp·dp)"
+    for device in instance.devices:
+        if not 0 <= device < plan.cluster.size:
+            yield f"{name}: device {device} is not in cluster {plan.cluster.name} of {plan.cluster.size}"
+    if sum(layout.layers_per_stage) != model.layers:
+        yield f"{name}: layers_per_stage sums to {sum(layout.layers_per_stage)}, model {model.name} has {model.layers} layers"
+    if layout.dp > 1 or layout.sequence_parallel:
+        yield f"{name}: dp={layout.dp}, sequence_parallel={layout.sequence_parallel}: Programs are compiled for dp=1 without sequence parallelism"
+    for field in ("heads", "kv_heads", "ffn_hidden", "vocab"):
+        if getattr(model, field) % layout.tp:
+            yield f"{name}: tp={layout.tp} does not divide {field}={getattr(model, field)} of {model.name}"
+    if instance.microbatches < 1:
+        yield f"{name}: microbatches={instance.microbatches}: must be at least 1"
+
+
+def _slots(plan: Plan, instance: Instance) -> Iterator[str]:
+    """Every sample slot of every task is computed exactly once, in a bucket that holds its hTask."""
+    used: Counter[tuple[str, int]] = Counter()
+    for b, bucket in enumerate(instance.buckets):
+        for u, unit in enumerate(bucket.units):
+            if not any(p.slots for p in unit.parts):
+                yield f"instance {instance.name}: unit {u} of bucket {b} has no samples: leave it out"
+            for part in unit.parts:
+                used.update((part.task, s) for s in part.slots)
+                if part.htask not in bucket.htasks or not 0 <= part.htask < len(instance.htasks):
+                    yield f"instance {instance.name}: unit {u} of bucket {b} names hTask {part.htask}, which is not in that bucket"
+                elif part.task not in instance.htasks[part.htask].tasks:
+                    yield f"instance {instance.name}: unit {u} of bucket {b} runs task {part.task} in hTask {part.htask}, which does not hold it"
+    known = {t.task_id: t.global_batch_samples for t in plan.workload.tasks}
+    for task in instance.tasks:
+        slots = [used.pop((task, s), 0) for s in range(known.get(task, 0))]
+        if any(n != 1 for n in slots):
+            missing, twice = [s for s, n in enumerate(slots) if n == 0], [s for s, n in enumerate(slots) if n > 1]
+            yield f"instance {instance.name}: task {task}: sample slots {missing} are in no unit and {twice} in several"
+    for task, slot in sorted(used):
+        yield f"instance {instance.name}: slot {slot} of task {task} is beyond its global batch or its instance"
+
+
+def _orders(instance: Instance) -> Iterator[str]:
+    """Each stage runs each unit forward once, then backward once, for each step; steps stand after the last backward."""
+    name = f"instance {instance.name}"
+    units = {(b, u) for b, bucket in enumerate(instance.buckets) for u in range(len(bucket.units))}
+    if instance.feed and (len(instance.feed) != len(units) or set(instance.feed) != units):
+        yield f"{name}: feed must name each of the {len(units)} units exactly once"
+        return
+    orders = stage_orders(instance)
+    if [o.stage for o in orders] != list(range(instance.layout.pp)):
+        yield f"{name}: orders are for stages {[o.stage for o in orders]}, expected one for each of 0..{instance.layout.pp - 1}"
+        return
+    for order in orders:
+        seen = Counter((a.op, a.bucket, a.unit, a.step) for a in order.actions if a.op != "step")
+        wanted = {(op, b, u, s) for op in ("forward", "backward") for b, u in units for s in range(instance.steps)}
+        for op, b, u, s in sorted(wanted - set(seen)):
+            yield f"{name}: stage {order.stage} never runs the {op} of unit {u} of bucket {b} (step {s})"
+        for (op, b, u, s), count in sorted(seen.items()):
+            if count > 1 or (op, b, u, s) not in wanted:
+                yield f"{name}: stage {order.stage} runs the {op} of unit {u} of bucket {b} (step {s}) {count} times"
+        yield from _order_in_time(instance, order.stage)
+
+
+def _order_in_time(instance: Instance, stage: int) -> Iterator[str]:
+    name, actions = f"instance {instance.name}: stage {stage}", stage_orders(instance)[stage].actions
+    place = {(a.op, a.bucket, a.unit, a.step): i for i, a in enumerate(actions) if a.op != "step"}
+    for (op, b, u, s), index in place.items():
+        if op == "backward" and place.get(("forward", b, u, s), -1) > index:
+            yield f"{name}: backward of unit {u} of bucket {b} stands before its forward"
+    for task in instance.tasks:
+        steps = [i for i, a in enumerate(actions) if a.op == "step" and a.task == task]
+        if len(steps) != instance.steps:
+            yield f"{name}: task {task} steps {len(steps)} times, the order covers {instance.steps}"
+            continue
+        for s, at in enumerate(steps):
+            mine = _unit_places(instance, actions, task, s)
+            if mine and max(mine) > at:
+                yield f"{name}: step {s} of task {task} stands before one of its backwards"
+            after = _unit_places(instance, actions, task, s + 1)
+            if after and min(after) < at:
+                yield f"{name}: a forward of task {task} of step {s + 1} stands before step {s}"
+
+
+def _unit_places(instance: Instance, actions: tuple[object, ...], task: str, step: int) -> list[int]:
+    holds = {(b, u) for b, bucket in enumerate(instance.buckets) for u, unit in enumerate(bucket.units) if any(p.task == task for p in unit.parts)}
+    return [i for i, a in enumerate(actions) if a.op != "step" and a.step == step and (a.bucket, a.unit) in holds]  # type: ignore[attr-defined]
+
+
+def _launches(instance: Instance) -> Iterator[str]:
+    """Launch lists hold every subgraph of every hTask once, each hTask's own in serial order, collectives on comm."""
+    for b, bucket in enumerate(instance.buckets):
+        for listing in bucket.launches:
+            place = f"instance {instance.name}: launch list of bucket {b}, stage {listing.stage}, {listing.direction}"
+            subgraphs = stage_subgraphs(instance.layout, listing.stage, listing.direction)
+            for h in bucket.htasks:
+                mine = [x for x in listing.launches if x.htask == h]
+                if [x.subgraph for x in mine] != [s.index for s in subgraphs]:
+                    yield f"{place}: hTask {h} must launch subgraphs 0..{len(subgraphs) - 1} once each, in order"
+                elif any((x.stream == "comm") != (subgraphs[x.subgraph].kind == "collective") for x in mine):
+                    yield f"{place}: hTask {h}: collectives go on comm, all else on compute"
+            if any(x.htask not in bucket.htasks for x in listing.launches):
+                yield f"{place}: names an hTask outside the bucket"
+
+
+def check_program(program: Program) -> tuple[str, ...]:
+    """Channels of a Program: unique tags, matched ends, equal order on both ends of a channel, no cycle of waits."""
+    problems: list[str] = []
+    ends: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
+    for listing in program.ranks:
+        for index, x in enumerate(listing.instructions):
+            if x.op in ("send", "recv"):
+                assert x.tag is not None
+                assert x.peer is not None
+                ends.setdefault((x.op, x.tag), []).append((listing.rank, x.peer, index))
+    for (op, tag), places in sorted(ends.items()):
+        if len(places) > 1:
+            problems.append(f"two {op}s carry tag {tag} (ranks {[p[0] for p in places]}): tags must be unique")
+        other = ends.get(("recv" if op == "send" else "send", tag))
+        if other is None:
+            problems.append(f"the {op} with tag {tag} on rank {places[0][0]} has no counterpart")
+        elif (other[0][0], other[0][1]) != (places[0][1], places[0][0]):
+            problems.append(f"tag {tag}: rank {places[0][0]} {op}s with rank {places[0][1]}, the other end is rank {other[0][0]}")
+    if problems:
+        return tuple(problems)
+    return (*_channel_order(program), *_cycle(program))
+
+
+def _channel_order(program: Program) -> Iterator[str]:
+    """Channels are FIFO: the messages of one edge and payload must be sent and received in one order."""
+    orders: dict[tuple[int, int, str], dict[str, list[int]]] = {}
+    for listing in program.ranks:
+        for x in listing.instructions:
+            if x.op in ("send", "recv"):
+                assert x.peer is not None
+                edge = (listing.rank, x.peer) if x.op == "send" else (x.peer, listing.rank)
+                orders.setdefault((*edge, str(x.payload)), {"send": [], "recv": []})[x.op].append(x.tag or 0)
+    for (source, target, payload), both in sorted(orders.items()):
+        if both["send"] != both["recv"]:
+            yield f"channel {source}→{target} ({payload}): messages are sent in another order than they are received"
+
+
+def _cycle(program: Program) -> Iterator[str]:
+    """Run the instruction lists with nothing but their dependencies; what cannot finish waits in a cycle, which is named."""
+    position = {listing.rank: 0 for listing in program.ranks}
+    lists = {listing.rank: listing.instructions for listing in program.ranks}
+    sent: set[int] = set()
+    moved = True
+    while moved:
+        moved = False
+        for rank, instructions in lists.items():
+            while position[rank] < len(instructions):
+                x = instructions[position[rank]]
+                if x.op == "recv" and x.tag not in sent:
+                    break
+                if x.op == "step" and not _step_ready(lists, position, rank):
+                    break
+                if x.op == "send":
+                    assert x.tag is not None
+                    sent.add(x.tag)
+                position[rank] += 1
+                moved = True
+    stuck = {r: lists[r][p] for r, p in position.items() if p < len(lists[r])}
+    if stuck:
+        waits = ", ".join(f"rank {r} waits at instruction {position[r]} ({x.op} {x.payload or x.task} of {x.key.bucket}.{x.key.unit})" for r, x in stuck.items())
+        yield f"the order deadlocks: {waits}"
+
+
+def _step_ready(lists: dict[int, tuple[object, ...]], position: dict[int, int], rank: int) -> bool:
+    """A step is a meeting of the instance's ranks (the gradient norm is summed): all must have reached it."""
+    mine = lists[rank][position[rank]]
+    for other, instructions in lists.items():
+        if other == rank or mine not in instructions:
+            continue
+        if instructions.index(mine) > position[other]:
+            return False
+    return True
+
+
+def check_memory(bound: Bound) -> tuple[str, ...]:
+    """Ranks whose peak exceeds the device, with the moment, the bytes needed and the bytes there."""
+    limit = bound.plan.cluster.device.memory_bytes
+    lists = {x.rank: x.instructions for x in bound.program.ranks}
+    problems: list[str] = []
+    for peak in rank_peaks(bound):
+        if peak.peak_bytes > limit:
+            at = lists[peak.rank][peak.instruction] if peak.instruction >= 0 else None
+            moment = f"during {at.op} of bucket {at.key.bucket} unit {at.key.unit}" if at else "before the first instruction"
+            problems.append(
+                f"rank {peak.rank} does not fit: needs {format_bytes(peak.peak_bytes)} {moment} "
+                f"({format_bytes(peak.static_bytes)} of them static), {bound.plan.cluster.device.name} has {format_bytes(limit)}"
+            )
+    return tuple(problems)

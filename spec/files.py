@@ -1,0 +1,131 @@
+"""Files in and out: the one door of pydantic and yaml. An error names the file, the path inside it, the value and the remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from muxtune.spec.errors import InputError
+from muxtune.spec.noun import plain
+
+T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1.2 numbers and booleans, and duplicate keys refused (PyYAML's 1.1 rules change values in silence)."""
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(k, deep=True) for k, _ in node.value]  # type: ignore[no-untyped-call]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise InputError(f"line {node.start_mark.line + 1}: key {key!r} occurs twice: remove one")
+    return dict(loader.construct_pairs(node, deep=True))  # type: ignore[no-untyped-call]
+
+
+_Loader.yaml_implicit_resolvers = {}
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+for _tag, _pattern, _first in (
+    ("bool", r"true|false", "tf"),
+    ("null", r"null|~|", "n~"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), [*_first, ""] if _tag == "null" else list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
+
+
+def read_data(path: Path) -> Any:
+    """Plain data of a YAML or JSON file.
+
+    Raises:
+        InputError: no such file, not readable, or malformed (with the line).
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: file not found") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    try:
+        return json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: line {error.lineno}: malformed JSON: {error.msg}") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise InputError(f"{path}: {line}malformed YAML: {getattr(error, 'problem', error)}") from error
+
+
+@cache
+def _adapter(noun: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(noun)
+
+
+def validate(noun: type[T], data: Any, place: str) -> T:
+    """Build a noun from plain data, strictly: unknown keys, NaN, and texts for numbers are refused.
+
+    Raises:
+        InputError: `place` (the file), the path inside it, the value and what was expected, in one sentence.
+    """
+    try:
+        text = json.dumps(data, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{place}: holds a value that JSON does not have: {error}") from error
+    try:
+        return _adapter(noun).validate_json(text, strict=True)  # type: ignore[no-any-return]
+    except ValidationError as error:
+        raise InputError(f"{place}: {_sentence(error)}") from error
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first complaint (the others often follow from it) and how many more there are."""
+    first, *rest = error.errors(include_url=False)
+    path = ".".join(str(p) for p in _path(first["loc"])) or "top level"
+    reason = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "unexpected_keyword_argument":
+        reason = "unknown key: remove it or correct its spelling"
+    elif first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        reason = "is missing: add it"
+    shown = json.dumps(first["input"], default=str)
+    value = f" = {shown}" if len(shown) <= 60 and "missing" not in first["type"] else ""
+    more = f" (and {len(rest)} more)" if rest else ""
+    return f"{path}{value}: {reason}{more}"
+
+
+def _path(location: tuple[Any, ...]) -> list[Any]:
+    """The location without union tags (the kind of a PEFT method stands after `peft`)."""
+    return [p for i, p in enumerate(location) if not (i > 0 and location[i - 1] == "peft")]
+
+
+def read_noun(noun: type[T], path: Path) -> T:
+    """Read and validate one noun from a YAML or JSON file."""
+    return validate(noun, read_data(path), str(path))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def write_noun(value: Any, path: Path) -> None:
+    """Write a noun as JSON that `read_noun` reads back equal."""
+    write_text(path, json.dumps(plain(value), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def json_schema(noun: Any) -> dict[str, Any]:
+    """JSON Schema of a noun's files."""
+    return _adapter(noun).json_schema()

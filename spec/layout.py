@@ -1,0 +1,59 @@
+"""Layout: tensor, pipeline and data parallelism of one instance, and which layers each stage holds."""
+
+from __future__ import annotations
+
+from muxtune.spec.model import ModelSpec, require_layers
+from muxtune.spec.noun import noun
+
+
+@noun
+class Layout:
+    """tp × pp × dp ranks. `layers_per_stage` has one entry a stage; rank = (dp_index · pp + stage) · tp + tp_index."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+    layers_per_stage: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for field in ("tp", "pp", "dp"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)}: must be at least 1")
+        if len(self.layers_per_stage) != self.pp or min(self.layers_per_stage, default=0) < 1:
+            raise ValueError(f"layers_per_stage={list(self.layers_per_stage)}: give each of pp={self.pp} stages at least 1 layer")
+
+    @property
+    def ranks(self) -> int:
+        """Devices of one instance."""
+        return self.tp * self.pp * self.dp
+
+    def stage_of(self, rank: int) -> int:
+        """Pipeline stage of an instance-local rank."""
+        return rank // self.tp % self.pp
+
+    def rank_at(self, rank: int, stage: int) -> int:
+        """The rank at another stage with the same tp and dp index."""
+        return rank + (stage - self.stage_of(rank)) * self.tp
+
+    def layers_of(self, stage: int) -> range:
+        """Global layer numbers of a stage."""
+        first = sum(self.layers_per_stage[:stage])
+        return range(first, first + self.layers_per_stage[stage])
+
+    def is_first(self, stage: int) -> bool:
+        """Whether the stage holds the embedding."""
+        return stage == 0
+
+    def is_last(self, stage: int) -> bool:
+        """Whether the stage holds the head and the loss."""
+        return stage == self.pp - 1
+
+
+def even_layout(model: ModelSpec, *, tp: int = 1, pp: int = 1, dp: int = 1) -> Layout:
+    """Layers spread evenly over the stages; a remainder goes to the middle stages, away from embedding and head."""
+    require_layers(model, pp)
+    base, extra = divmod(model.layers, pp)
+    first_extra = (pp - extra) // 2
+    layers = tuple(base + (first_extra <= s < first_extra + extra) for s in range(pp))
+    return Layout(tp=tp, pp=pp, dp=dp, layers_per_stage=layers)

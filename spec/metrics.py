@@ -1,0 +1,110 @@
+"""Figures of a Timeline: bubble, exposed communication, per-task step time, and the differences of two Timelines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from muxtune.spec.noun import noun
+from muxtune.spec.timeline import Span, Timeline
+
+#: Ops that are work of the device itself; waiting in a recv is not.
+BUSY_OPS = ("forward", "backward", "step")
+
+
+def busy_ns(timeline: Timeline, rank: int) -> int:
+    """Time in which a rank computes (forward, backward, step)."""
+    return sum(s.duration_ns for s in timeline.instruction_spans(rank) if s.op in BUSY_OPS)
+
+
+def bubble_fraction(timeline: Timeline) -> float:
+    """Share of device-time in which a rank neither computes nor moves data that nobody hides: 1 − busy / (ranks · makespan)."""
+    ranks = timeline.ranks
+    busy = sum(busy_ns(timeline, r) for r in ranks)
+    return max(0.0, 1.0 - busy / (len(ranks) * timeline.makespan_ns)) if timeline.makespan_ns else 0.0
+
+
+def exposed_comm_fraction(timeline: Timeline) -> float:
+    """Share of device-time in the communication stream while the rank's compute stream is idle."""
+    exposed = 0
+    for rank in timeline.ranks:
+        comm = _merged([s for s in timeline.spans if s.rank == rank and s.stream == "comm"])
+        compute = _merged([s for s in timeline.spans if s.rank == rank and s.stream == "compute" and s.subgraph >= 0])
+        exposed += sum(e - s for s, e in comm) - _overlap(comm, compute)
+    total = len(timeline.ranks) * timeline.makespan_ns
+    return exposed / total if total else 0.0
+
+
+def task_step_ns(timeline: Timeline) -> tuple[tuple[str, int], ...]:
+    """(task, ns of one optimizer step): from the first span that carries the task to the end of its step, averaged over steps."""
+    first: dict[tuple[str, int], int] = {}
+    last: dict[tuple[str, int], int] = {}
+    for span in timeline.spans:
+        for task in span.tasks:
+            at = (task, span.key.step)
+            first[at] = min(first.get(at, span.start_ns), span.start_ns)
+            last[at] = max(last.get(at, 0), span.end_ns)
+    tasks = sorted({task for task, _ in first})
+    return tuple((t, round(sum(last[k] - first[k] for k in first if k[0] == t) / sum(k[0] == t for k in first))) for t in tasks)
+
+
+@noun
+class CauseError:
+    """Predicted against measured device-time of one cause, summed over ranks."""
+
+    cause: str
+    predicted_ns: int
+    measured_ns: int
+
+
+def compare_causes(predicted: Timeline, measured: Timeline, scale: float = 1.0) -> tuple[CauseError, ...]:
+    """Split the error by cause: forward, backward, step, transfer and the rest (bubble). `scale` multiplies predictions."""
+    rows = [_cause(predicted, measured, op, (op,), scale) for op in BUSY_OPS]
+    transfer = ("recv_activation", "recv_gradient", "send_activation", "send_gradient")
+    rows.append(_cause(predicted, measured, "transfer and wait", transfer, scale))
+    total_p = round(scale * predicted.makespan_ns * len(predicted.ranks))
+    total_m = measured.makespan_ns * len(measured.ranks)
+    rest_p, rest_m = total_p - sum(r.predicted_ns for r in rows), total_m - sum(r.measured_ns for r in rows)
+    return (*rows, CauseError(cause="idle", predicted_ns=rest_p, measured_ns=rest_m))
+
+
+def _cause(predicted: Timeline, measured: Timeline, name: str, ops: Sequence[str], scale: float) -> CauseError:
+    def total(timeline: Timeline) -> int:
+        return sum(s.duration_ns for s in timeline.spans if s.subgraph < 0 and s.op in ops)
+
+    return CauseError(cause=name, predicted_ns=round(scale * total(predicted)), measured_ns=total(measured))
+
+
+def _merged(spans: Sequence[Span]) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted((s.start_ns, s.end_ns) for s in spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _overlap(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]]) -> int:
+    total = i = j = 0
+    while i < len(a) and j < len(b):
+        total += max(0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
+        if a[i][1] <= b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return total
+
+
+def kendall_tau_b(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Kendall's τ-b of two rankings; None where one of them is constant or there are fewer than two entries."""
+    concordant = discordant = ties_first = ties_second = 0
+    for i in range(len(first)):
+        for j in range(i):
+            a, b = first[i] - first[j], second[i] - second[j]
+            ties_first += a == 0
+            ties_second += b == 0
+            concordant += a * b > 0
+            discordant += a * b < 0
+    pairs = len(first) * (len(first) - 1) // 2
+    scale = ((pairs - ties_first) * (pairs - ties_second)) ** 0.5
+    return (concordant - discordant) / scale if scale else None

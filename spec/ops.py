@@ -1,0 +1,145 @@
+"""Op: one operator call with its shape, flops and bytes; FAMILIES says what the numbers of each family mean."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from muxtune.spec.noun import noun
+
+#: `weights`: an adapter whose input needs no gradient (the first adapted BaseOp of stage 0) computes weight gradients only.
+Direction = Literal["forward", "backward", "weights"]
+
+
+@noun
+class Family:
+    """Names of the variables of a family: `size` ones are interpolated over, `shape` ones must match a measurement."""
+
+    size: tuple[str, ...]
+    shape: tuple[str, ...]
+
+
+FAMILIES: dict[str, Family] = {
+    "embedding": Family(size=("tokens",), shape=("vocab", "hidden")),
+    "rmsnorm": Family(size=("tokens",), shape=("hidden",)),
+    "layernorm": Family(size=("tokens",), shape=("hidden",)),
+    "linear": Family(size=("tokens",), shape=("in", "out", "bias")),
+    "lora": Family(size=("tokens",), shape=("in", "out", "rank")),
+    "rope": Family(size=("tokens",), shape=("heads", "head_dim")),
+    "attention": Family(size=("rows", "length"), shape=("heads", "kv_heads", "head_dim")),
+    "swiglu": Family(size=("tokens",), shape=("ffn_hidden",)),
+    "geglu": Family(size=("tokens",), shape=("ffn_hidden",)),
+    "gelu": Family(size=("tokens",), shape=("ffn_hidden",)),
+    "relu": Family(size=("tokens",), shape=("ffn_hidden",)),
+    "residual": Family(size=("tokens",), shape=("hidden",)),
+    "cross_entropy": Family(size=("tokens",), shape=("vocab",)),
+    "adamw": Family(size=("parameters",), shape=("tensors",)),
+    "layer_overhead": Family(size=("tokens",), shape=("hidden", "ffn_hidden")),
+    "launch": Family(size=("count",), shape=()),
+    "instruction": Family(size=("count",), shape=()),
+    "all_reduce": Family(size=("bytes",), shape=("ranks",)),
+    "p2p": Family(size=("bytes",), shape=()),
+    "send": Family(size=("bytes",), shape=()),
+    "recv": Family(size=("bytes",), shape=()),
+}
+
+
+@noun
+class Op:
+    """One call. `size` and `shape` follow FAMILIES[family]; `moved_bytes` counts each operand and result once."""
+
+    family: str
+    direction: Direction
+    dtype: str
+    size: tuple[int, ...]
+    shape: tuple[int, ...]
+    flops: int
+    moved_bytes: int
+
+    @property
+    def group(self) -> tuple[str, str, str, tuple[int, ...]]:
+        """What a measurement must match exactly; only `size` is interpolated."""
+        return self.family, self.direction, self.dtype, self.shape
+
+
+def linear(tokens: int, features: tuple[int, int], bias: bool, direction: Direction, dtype: str, element_bytes: int) -> Op:
+    """y = x Wᵀ (forward) or dx = dy W (backward; the weight is frozen): 2 · tokens · in · out flops either way."""
+    k, n = features
+    moved = (tokens * (k + n) + k * n) * element_bytes
+    return Op(
+        family="linear", direction=direction, dtype=dtype, size=(tokens,), shape=(k, n, int(bias)), flops=2 * tokens * k * n, moved_bytes=moved
+    )
+
+
+def lora(tokens: int, features: tuple[int, int], rank: int, direction: Direction, dtype: str, element_bytes: int) -> Op:
+    """y += scale · B (A x); backward adds dA, dB and (unless direction is `weights`) dx."""
+    k, n = features
+    forward = 2 * tokens * rank * (k + n)
+    # Backward: dh = dy B and dB = dyᵀ h (each tokens·rank·out), dA = dhᵀ x and dx = dh A (each tokens·rank·in).
+    flops = {"forward": forward, "backward": 2 * forward, "weights": 2 * forward - 2 * tokens * rank * k}[direction]
+    moved = (tokens * (k + 2 * n) + rank * (k + n)) * element_bytes * (1 if direction == "forward" else 2)
+    return Op(family="lora", direction=direction, dtype=dtype, size=(tokens,), shape=(k, n, rank), flops=flops, moved_bytes=moved)
+
+
+def attention(rows: int, length: int, heads: tuple[int, int, int], direction: Direction, dtype: str, element_bytes: int) -> Op:
+    """Causal attention of `rows` sequences of one length: 2 · rows · length² · heads · head_dim flops, backward 2.5×."""
+    h, kv, d = heads
+    forward = 2 * rows * length * length * h * d
+    moved = rows * length * d * (2 * h + 2 * kv) * element_bytes
+    factor = 1 if direction == "forward" else 2
+    flops = forward if direction == "forward" else forward * 5 // 2
+    return Op(
+        family="attention",
+        direction=direction,
+        dtype=dtype,
+        size=(rows, length),
+        shape=heads,
+        flops=flops,
+        moved_bytes=moved * factor,
+    )
+
+
+def pointwise(
+    family: str, tokens: int, shape: tuple[int, ...], reads_writes: int, flops_each: int, direction: Direction, dtype: str, element_bytes: int
+) -> Op:
+    """A bandwidth-bound operator that touches `reads_writes` vectors of width shape[0] a token."""
+    width = shape[-1] if family == "embedding" else shape[0] * (shape[1] if family == "rope" else 1)
+    factor = 1 if direction == "forward" else 2
+    return Op(
+        family=family,
+        direction=direction,
+        dtype=dtype,
+        size=(tokens,),
+        shape=shape,
+        flops=flops_each * tokens * width * factor,
+        moved_bytes=reads_writes * tokens * width * element_bytes * factor,
+    )
+
+
+def adamw(parameters: int, tensors: int) -> Op:
+    """Clip and AdamW over fp32 parameters: reads p, g, m, v; writes p, m, v."""
+    return Op(
+        family="adamw",
+        direction="forward",
+        dtype="fp32",
+        size=(parameters,),
+        shape=(tensors,),
+        flops=14 * parameters,
+        moved_bytes=28 * parameters,
+    )
+
+
+def message(family: str, size_bytes: int, shape: tuple[int, ...] = (), direction: Direction = "forward") -> Op:
+    """A transfer of `size_bytes` (p2p, send, recv, all_reduce)."""
+    return Op(family=family, direction=direction, dtype="bytes", size=(size_bytes,), shape=shape, flops=0, moved_bytes=size_bytes)
+
+
+def host(family: str, direction: Direction = "forward", shape: tuple[int, ...] = ()) -> Op:
+    """One occurrence of host work (launch, instruction)."""
+    return Op(family=family, direction=direction, dtype="host", size=(1,), shape=shape, flops=0, moved_bytes=0)
+
+
+def overhead(tokens: int, hidden: int, ffn_hidden: int, direction: Direction, dtype: str) -> Op:
+    """What a decoder layer costs beyond the sum of its operators: measured, never derived."""
+    return Op(
+        family="layer_overhead", direction=direction, dtype=dtype, size=(tokens,), shape=(hidden, ffn_hidden), flops=0, moved_bytes=0
+    )

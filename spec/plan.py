@@ -1,0 +1,185 @@
+"""Plan: a decision, fully explicit: who shares which devices, in what units, in what order on every stage."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from muxtune.spec.align import ALIGNMENTS, Alignment
+from muxtune.spec.cluster import Cluster
+from muxtune.spec.estimate import Estimate
+from muxtune.spec.layout import Layout
+from muxtune.spec.noun import noun
+from muxtune.spec.task import Workload
+
+PLAN_VERSION = 1
+
+OrderKey = tuple[int, int]
+
+
+@noun
+class HTask:
+    """Tasks batched along the batch dimension. `fuse_adapters` runs their adapters as one grouped operator."""
+
+    tasks: tuple[str, ...]
+    alignment: Alignment = "pad"
+    fuse_adapters: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError("tasks is empty: an hTask has at least one task")
+        if self.alignment not in ALIGNMENTS:
+            raise ValueError(f"alignment={self.alignment!r}: known are {list(ALIGNMENTS)}")
+
+
+@noun
+class Part:
+    """Sample slots of one task's global batch that a unit computes, and the hTask (index in the instance) they ride in."""
+
+    htask: int
+    task: str
+    slots: tuple[int, ...]
+
+
+@noun
+class Unit:
+    """The smallest thing a stage runs forward or backward: one micro-batch of every hTask of its bucket."""
+
+    parts: tuple[Part, ...]
+
+
+@noun
+class Launch:
+    """One subgraph (index in `stage_subgraphs`) of one hTask on a stream."""
+
+    htask: int
+    subgraph: int
+    stream: Literal["compute", "comm"]
+
+
+@noun
+class LaunchList:
+    """The order inside a clock for one stage and direction of a bucket."""
+
+    stage: int
+    direction: Literal["forward", "backward"]
+    launches: tuple[Launch, ...]
+
+
+@noun
+class Bucket:
+    """hTasks (indices in the instance) interleaved inside one pipeline clock. No launch lists: one hTask after the other."""
+
+    htasks: tuple[int, ...]
+    units: tuple[Unit, ...]
+    launches: tuple[LaunchList, ...] = ()
+
+
+@noun
+class Action:
+    """One entry of a stage's order: a unit's forward or backward, or the optimizer step of a task.
+
+    `step` counts optimizer steps inside the Program (0 unless the order covers several).
+    """
+
+    op: Literal["forward", "backward", "step"]
+    bucket: int = -1
+    unit: int = -1
+    task: str = ""
+    step: int = 0
+
+
+@noun
+class StageOrder:
+    """The explicit order of one stage."""
+
+    stage: int
+    actions: tuple[Action, ...]
+
+
+@noun
+class Instance:
+    """A backbone on some devices and the hTasks it runs.
+
+    `feed` is the order in which units (bucket, unit) enter the pipeline; empty means bucket after bucket. `order` turns the
+    feed into stage orders (`1f1b`, `gpipe`: no cost needed) or is `explicit`, with `orders` for every stage. A task steps
+    after its last backward unless an explicit order places its step. `steps` counts the optimizer steps that an explicit
+    order covers.
+    """
+
+    name: str
+    devices: tuple[int, ...]
+    layout: Layout
+    htasks: tuple[HTask, ...]
+    buckets: tuple[Bucket, ...]
+    microbatches: int
+    order: Literal["1f1b", "gpipe", "explicit"] = "1f1b"
+    feed: tuple[OrderKey, ...] = ()
+    orders: tuple[StageOrder, ...] = ()
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.order == "explicit") != bool(self.orders):
+            raise ValueError(f"order={self.order!r} with {len(self.orders)} stage orders: only `explicit` has them, one a stage")
+        if self.steps != 1 and self.order != "explicit":
+            raise ValueError(f"steps={self.steps}: only an explicit order covers several optimizer steps")
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Task ids in hTask order."""
+        return tuple(t for h in self.htasks for t in h.tasks)
+
+
+@noun
+class SolverRecord:
+    """What an exact or heuristic solver proved about its surrogate objective."""
+
+    name: str
+    status: str
+    bound_ns: int | None = None
+    gap: float | None = None
+    value_ns: int | None = None
+    evaluations: int = 0
+    deterministic: bool = True
+
+
+@noun
+class Provenance:
+    """The one block that digests leave out: wall-clock seconds, host, versions."""
+
+    plan_seconds: float = 0.0
+    created_utc: str = ""
+    environment: str = ""
+
+
+@noun
+class MadeBy:
+    """Which policy made the plan, with which config, on which cost model, and what its solver proved."""
+
+    policy: str
+    config: str = ""
+    cost_model: str = ""
+    solver: SolverRecord | None = None
+
+
+@noun
+class Plan:
+    """A versioned decision for a workload on a cluster.
+
+    Instances that share devices run one after the other (`sharing: sequence`), each with its own resident backbone
+    (`residency: resident`) or swapped in (`swapped`: one backbone at a time in memory, the swap itself not timed).
+    Instances on disjoint devices run in parallel.
+    """
+
+    version: int = PLAN_VERSION
+    workload: Workload
+    cluster: Cluster
+    instances: tuple[Instance, ...]
+    sharing: Literal["sequence"] = "sequence"
+    residency: Literal["resident", "swapped"] = "resident"
+    made_by: MadeBy = MadeBy(policy="hand")
+    predicted: Estimate | None = None
+    provenance: Provenance = Provenance()
+
+    def __post_init__(self) -> None:
+        if self.version != PLAN_VERSION:
+            raise ValueError(f"version={self.version}: this muxtune reads version {PLAN_VERSION}")
