@@ -1,4 +1,4 @@
-"""Building blocks that policies share: instances from groups of tasks, batches of an hTask, and the surrogate's latencies."""
+"""Building blocks that policies share: instances from groups of tasks, the planning shape of an hTask, feasible plans."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import numpy as np
 from muxtune.policies.base import Policy, SystemState
 from muxtune.spec.align import Alignment, Batch, Row, spread_slots
 from muxtune.spec.catalogue import StageContext
+from muxtune.spec.check import check
+from muxtune.spec.errors import InfeasibleError
 from muxtune.spec.layout import Layout
 from muxtune.spec.noun import plain
 from muxtune.spec.plan import Bucket, HTask, Instance, MadeBy, Part, Plan, SolverRecord, Unit
-from muxtune.spec.task import Workload
+from muxtune.spec.task import Task, Workload
 
 
 def make_bucket(workload: Workload, htasks: Sequence[HTask], indices: Sequence[int], microbatches: int) -> Bucket:
@@ -29,9 +31,16 @@ def make_bucket(workload: Workload, htasks: Sequence[HTask], indices: Sequence[i
 
 
 def make_instance(
-    state: SystemState, name: str, groups: Sequence[Sequence[str]], buckets: Sequence[Sequence[int]], alignment: Alignment = "pad"
+    state: SystemState,
+    name: str,
+    groups: Sequence[Sequence[str]],
+    buckets: Sequence[Sequence[int]],
+    alignment: Alignment = "pad",
 ) -> Instance:
-    """An instance on the first devices of the cluster; `groups` are the hTasks' task ids, `buckets` hold hTask indices."""
+    """An instance on the first devices of the cluster, in order `1f1b`.
+
+    `groups` are the hTasks' task ids, `buckets` hold indices of hTasks.
+    """
     htasks = tuple(HTask(tasks=tuple(g), alignment=alignment) for g in groups)
     made = tuple(make_bucket(state.workload, htasks, indices, state.microbatches) for indices in buckets)
     return Instance(
@@ -48,9 +57,33 @@ def make_plan(
     policy: Policy, key: str, state: SystemState, instances: Sequence[Instance], solver: SolverRecord | None = None
 ) -> Plan:
     """Wrap instances into a Plan that says who made it."""
-    config = ",".join(f"{k}={v}" for k, v in plain(policy.config).items())
+    config = ",".join(f"{k}={_option(v)}" for k, v in plain(policy.config).items())
     made_by = MadeBy(policy=key, config=config, cost_model=policy.cost.model_id, solver=solver)
     return Plan(workload=state.workload, cluster=state.cluster, instances=tuple(instances), made_by=made_by)
+
+
+def _option(value: object) -> str:
+    """A config value as `NAME:key=value` spells it."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def require_feasible(plan: Plan) -> Plan:
+    """The plan itself if it can be executed.
+
+    Raises:
+        InfeasibleError: `check` found a problem; where memory is short it names rank, bytes needed and bytes there.
+    """
+    problems = check(plan)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise InfeasibleError(f"policy {plan.made_by.policy}: {problems[0]}{more}")
+    return plan
+
+
+def microbatch_samples(task: Task, microbatches: int, index: int = 0) -> int:
+    """Samples of a task in micro-batch `index`; micro-batch 0 has the most."""
+    base, extra = divmod(task.global_batch_samples, microbatches)
+    return base + (index < extra)
 
 
 def planning_batch(workload: Workload, tasks: Sequence[str], microbatches: int, alignment: Alignment) -> Batch:
@@ -59,13 +92,21 @@ def planning_batch(workload: Workload, tasks: Sequence[str], microbatches: int, 
     longest = max(t.billed_len_tokens for t in members)
     rows: list[Row] = []
     for task in members:
-        count = -(-task.global_batch_samples // microbatches)
-        mean = mean_length(workload, task.task_id)
-        length = longest if alignment == "pad" else mean
-        rows += [
-            Row(task=task.task_id, slot=s, sample=0, prompt_tokens=mean - 1, response_tokens=1, length_tokens=length) for s in range(count)
-        ]
+        length = longest if alignment == "pad" else mean_length(workload, task.task_id)
+        rows += [planning_row(task.task_id, slot, length) for slot in range(microbatch_samples(task, microbatches))]
     return Batch(htask=0, rows=tuple(rows))
+
+
+def planning_row(task_id: str, slot: int, length_tokens: int) -> Row:
+    """A row of a length that no sample was drawn for."""
+    return Row(
+        task=task_id,
+        slot=slot,
+        sample=0,
+        prompt_tokens=length_tokens - 1,
+        response_tokens=1,
+        length_tokens=length_tokens,
+    )
 
 
 def mean_length(workload: Workload, task_id: str) -> int:

@@ -1,0 +1,253 @@
+"""The one door of Megatron-core: process groups, and one pipeline stage of a GPTModel with multiplexed linears.
+
+The layer spec comes from a provider subclass. Collectives of the parallel linears are lifted out: a linear returns its
+rank's partial result and the stage runs the collective as a node of its own (executor/stage.py).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from muxtune.executor.adapters import AdapterBank
+from muxtune.spec.catalogue import shard
+from muxtune.spec.layout import Layout
+from muxtune.spec.model import ModelSpec
+
+with warnings.catch_warnings():
+    # Megatron warns that Apex and Transformer Engine are absent and falls back to torch, which is what we want here.
+    warnings.simplefilter("ignore")
+    from megatron.core import parallel_state
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+    from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, vocab_parallel_cross_entropy
+    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.module import MegatronModule
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+#: Megatron's name of each BaseOp.
+LINEARS = {"qkv": "linear_qkv", "proj": "linear_proj", "fc1": "linear_fc1", "fc2": "linear_fc2"}
+
+
+class RaggedAttention(MegatronModule):  # type: ignore[misc]
+    """Causal attention over a flat token axis; sequences never see each other.
+
+    Megatron hands `attention_mask` through untouched: here it is the batch's runs, (rows, length) of neighbouring rows of
+    equal length, each one scaled-dot-product call. Query (tokens, 1, heads, head_dim), key and value with kv_heads.
+    """
+
+    def __init__(self, config: Any, softmax_scale: float | None = None, **unused: Any) -> None:
+        super().__init__(config=config)
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **unused: Any) -> Tensor:
+        grouped = query.size(-2) != key.size(-2)
+        outs, end = [], 0
+        for rows, length in attention_mask:
+            start, end = end, end + rows * length
+            q, k, v = (x[start:end].view(rows, length, x.size(-2), x.size(-1)).transpose(1, 2) for x in (query, key, value))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
+            outs.append(out.transpose(1, 2).reshape(rows * length, 1, -1))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _multiplexed(base: type[Any], column_parallel: bool) -> type[Any]:
+    class Multiplexed(base):  # type: ignore[misc]
+        """A parallel linear that returns its partial result with the bank's adapters added; no collective inside."""
+
+        bank: AdapterBank | None = None
+
+        def forward(self, input_: Tensor, *unused: Any, **also_unused: Any) -> tuple[Tensor, Tensor | None]:
+            bias = self.bias if column_parallel and not self.skip_bias_add else None
+            out = F.linear(input_, self.weight, bias)
+            if self.bank is not None:
+                out = self.bank.aggregate(input_, out)
+            return out, self.bias if self.skip_bias_add else None
+
+    Multiplexed.__name__ = f"Multiplexed{base.__name__}"
+    return Multiplexed
+
+
+MultiplexedColumn = _multiplexed(ColumnParallelLinear, True)
+MultiplexedRow = _multiplexed(RowParallelLinear, False)
+
+
+class _Provider(LocalSpecProvider):  # type: ignore[misc]
+    def column_parallel_linear(self) -> type[Any]:
+        return MultiplexedColumn
+
+    def row_parallel_linear(self) -> type[Any]:
+        return MultiplexedRow
+
+    def core_attention(self) -> type[Any]:
+        return RaggedAttention
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        return False  # adapters need the normed input
+
+
+def start_parallel(layout: Layout) -> None:
+    """Build Megatron's process groups over the default group (gloo or nccl), which must have layout.ranks members."""
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp
+        )
+
+
+def tp_group() -> Any:
+    """Process group of the tensor-parallel peers."""
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def _config(model: ModelSpec, layout: Layout) -> Any:
+    activations = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.relu}
+    return TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden,
+        ffn_hidden_size=model.ffn_hidden,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm" if model.norm == "rmsnorm" else "LayerNorm",
+        gated_linear_unit=model.gated,
+        activation_func=activations[model.activation],
+        add_bias_linear=model.biases == "all",
+        add_qkv_bias=model.biases == "qkv",
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        pipeline_dtype=DTYPES[model.dtype],
+        params_dtype=DTYPES[model.dtype],
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def _block_spec(model: ModelSpec, layers: int) -> Any:
+    provider = _Provider()
+    norm = provider.layer_norm(rms_norm=model.norm == "rmsnorm")
+    attention = SelfAttentionSubmodules(
+        linear_qkv=provider.column_parallel_linear(),
+        core_attention=provider.core_attention(),
+        linear_proj=provider.row_parallel_linear(),
+        q_layernorm=IdentityOp,
+        k_layernorm=IdentityOp,
+    )
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=get_mlp_module_spec_for_backend(backend=provider),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+
+
+def build_stage_model(model: ModelSpec, layout: Layout, stage: int, tp_rank: int, device: torch.device, seed: int) -> Any:
+    """A frozen GPTModel holding one stage's layers, with weights that depend on seed and global names only.
+
+    Equal seeds give equal backbones under any layout. Tied embeddings are two frozen copies with equal values where head
+    and embedding live on different stages.
+    """
+    gpt = GPTModel(
+        config=_config(model, layout),
+        transformer_layer_spec=_block_spec(model, len(layout.layers_of(stage))),
+        vocab_size=model.vocab,
+        max_sequence_length=model.max_positions,
+        pre_process=layout.is_first(stage),
+        post_process=layout.is_last(stage),
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="learned_absolute" if model.positions == "learned" else "none",
+    )
+    first_layer = layout.layers_of(stage)[0]
+    for name, parameter in gpt.named_parameters():
+        parameter.requires_grad_(False)
+        parameter.copy_(_initial(model, layout, _global_name(name, first_layer, model), parameter, tp_rank, seed))
+    if model.tied_embeddings and layout.is_first(stage) and layout.is_last(stage):
+        gpt.output_layer.weight = gpt.embedding.word_embeddings.weight
+    return gpt.to(device)
+
+
+def _global_name(name: str, first_layer: int, model: ModelSpec) -> str:
+    if name == "output_layer.weight" and model.tied_embeddings:
+        return "embedding.word_embeddings.weight"
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(int(parts[2]) + first_layer)
+    return ".".join(parts)
+
+
+def _initial(model: ModelSpec, layout: Layout, name: str, parameter: Tensor, tp_rank: int, seed: int) -> Tensor:
+    """N(0, 0.02) matrices, unit norm weights, zero biases; a sharded matrix is cut from the full one."""
+    if parameter.dim() < 2:
+        return torch.zeros_like(parameter) if name.endswith("bias") else torch.ones_like(parameter)
+    axis = 1 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 0
+    if "position_embeddings" in name:
+        axis = -1
+    shape = list(parameter.shape)
+    if axis >= 0:
+        shape[axis] *= layout.tp
+    full = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))) * 0.02
+    if axis < 0 or layout.tp == 1:
+        return full
+    # A gated fc1 is [gate; up]: each half is cut, then the cuts are joined.
+    halves = full.chunk(2 if model.gated and "linear_fc1" in name else 1, axis)
+    return torch.cat([h.chunk(layout.tp, axis)[tp_rank] for h in halves], axis)
+
+
+def layer_linears(layer: Any) -> dict[str, Any]:
+    """BaseOp name → Megatron linear of one TransformerLayer."""
+    owners = {"qkv": layer.self_attention, "proj": layer.self_attention, "fc1": layer.mlp, "fc2": layer.mlp}
+    return {target: getattr(owner, LINEARS[target]) for target, owner in owners.items()}
+
+
+def attach_banks(gpt: Any, model: ModelSpec, layout: Layout, stage: int) -> dict[tuple[int, str], AdapterBank]:
+    """Give every multiplexed linear an empty AdapterBank, keyed by (global layer, BaseOp)."""
+    banks: dict[tuple[int, str], AdapterBank] = {}
+    for layer_number, layer in zip(layout.layers_of(stage), gpt.decoder.layers, strict=True):
+        for target, linear in layer_linears(layer).items():
+            bank = AdapterBank(target, target in ("qkv", "fc1"), shard(model, layout.tp, target))
+            linear.bank = bank
+            banks[layer_number, target] = bank
+    return banks
+
+
+def rotary_table(model: ModelSpec, device: torch.device) -> Tensor:
+    """Angles of rotary embedding for every position, (max_positions, 1, 1, head_dim), halves repeated (not interleaved)."""
+    exponent = torch.arange(0, model.head_dim, 2, dtype=torch.float32) / model.head_dim
+    angles = torch.outer(torch.arange(model.max_positions, dtype=torch.float32), model.rope_base**-exponent)
+    return torch.cat((angles, angles), dim=-1)[:, None, None, :].to(device)
+
+
+def token_losses(logits: Tensor, labels: Tensor, tp: int) -> Tensor:
+    """Cross entropy of each token; logits (tokens, vocab / tp), labels (tokens,)."""
+    if tp == 1:
+        return F.cross_entropy(logits.float(), labels, reduction="none")
+    return vocab_parallel_cross_entropy(logits.float()[:, None], labels[:, None])[:, 0]  # type: ignore[no-any-return]

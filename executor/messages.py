@@ -1,0 +1,125 @@
+"""What a worker group and its workers say to each other: plain frozen data, pickled over a local socket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from muxtune.executor.interpreter import Mark
+from muxtune.spec.program import Bound
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """Where a worker stands: its rank, the world, the device, the core it is pinned to (−1: not pinned)."""
+
+    rank: int
+    tp: int
+    pp: int
+    device: Literal["cpu", "cuda"]
+    rendezvous: str
+    core: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """Build backbones and adapters for a plan and the tensors of its Program under a name."""
+
+    name: str
+    bound: Bound
+    seed: int
+    random_adapters: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rebind:
+    """Give a loaded plan another Program (other samples); adapters and optimizers go on."""
+
+    name: str
+    bound: Bound
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Run a loaded Program once, between two timings of the reference GEMM; `memory` counts allocations as well."""
+
+    name: str
+    memory: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankResult:
+    """One rank's part of a run: marks by the monotonic clock, the reference GEMM around it, bytes if they were counted."""
+
+    rank: int
+    marks: tuple[Mark, ...]
+    reference_ns: int
+    cpu_ns: int
+    wall_ns: int
+    static_bytes: int | None = None
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskReport:
+    """A task's history on one rank: loss and gradient norm of each step so far, steps skipped as not finite."""
+
+    losses: tuple[float, ...]
+    gradient_norms: tuple[float, ...]
+    skipped: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspect:
+    """Ask for every task's report; `state` adds its parameters."""
+
+    name: str
+    state: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """Reports and (if asked for) parameters of one rank, by task."""
+
+    reports: dict[str, TaskReport]
+    state: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gradients:
+    """Run a loaded Program without its optimizer steps and return each task's gradients; parameters do not move."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Poison:
+    """Set one task's adapter parameters to NaN (to show that its neighbours do not notice)."""
+
+    name: str
+    task: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """Call `module:function(worker, *arguments)` in every worker (the profiler measures this way)."""
+
+    function: str
+    arguments: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unload:
+    """Forget a plan."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A worker's exception: one line for the user, the traceback for the log."""
+
+    message: str
+    details: str
+    input_error: bool = False

@@ -1,0 +1,77 @@
+"""muxtune: the paper's planner. DP fusion (§3.3, Eq. 6), bucket balance (§3.4, Eq. 7), eager template (§3.4.1)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, get_args
+
+from muxtune.policies.base import Policy, SystemState
+from muxtune.policies.build import make_instance, make_plan, require_feasible
+from muxtune.policies.fusion import exact_partition, paper_partition
+from muxtune.policies.surrogate import Partition, Surrogate, value_ns
+from muxtune.policies.template import schedule
+from muxtune.spec.align import ALIGNMENTS, Alignment
+from muxtune.spec.noun import noun
+from muxtune.spec.plan import Instance, Plan, SolverRecord
+
+Charge = Literal["paper", "exact"]
+
+
+@noun
+class MuxTuneConfig:
+    """Switches of the ablations.
+
+    `charge`: what an extra hTask costs in the DP; `paper` is L/S (Eq. 6), `exact` is 2C·max_s L^s beside the largest
+    warm-up. `fusion` off: one hTask a task. `orchestration` off: one bucket an hTask, in the DP's order, plain 1F1B.
+    """
+
+    fusion: bool = True
+    charge: Charge = "paper"
+    alignment: Alignment = "pad"
+    orchestration: bool = True
+
+    def __post_init__(self) -> None:
+        if self.charge not in get_args(Charge):
+            raise ValueError(f"charge={self.charge!r}: known are {list(get_args(Charge))}")
+        if self.alignment not in ALIGNMENTS:
+            raise ValueError(f"alignment={self.alignment!r}: known are {list(ALIGNMENTS)}")
+
+
+class MuxTune(Policy):
+    """Fuses neighbours in the order of tokens per micro-batch, balances them into buckets, launches eagerly."""
+
+    Config = MuxTuneConfig
+
+    def plan(self, state: SystemState) -> Plan:
+        """One shared instance.
+
+        The DP rejects hTasks that do not fit alone under 1F1B; the eager order keeps to what the device has left.
+
+        Raises:
+            InfeasibleError: a task alone does not fit, or (orchestration off) the units in flight do not.
+            ExtrapolationError: the cost model does not answer for a task alone.
+        """
+        surrogate = Surrogate(self.cost, state, self.config.alignment)
+        surrogate.require_single_tasks()
+        groups = self._fuse(surrogate)
+        solver = SolverRecord(
+            name="contiguous-dp" if self.config.fusion else "no-fusion",
+            status=f"exact for its recurrence (charge {self.config.charge})" if self.config.fusion else "nothing to solve",
+            value_ns=value_ns(surrogate, groups),
+            evaluations=surrogate.priced,
+        )
+        instance = self._arrange(state, surrogate, groups)
+        return require_feasible(make_plan(self, "muxtune", state, [instance], solver))
+
+    def _fuse(self, surrogate: Surrogate) -> Partition:
+        order = surrogate.sorted_tasks()
+        if not self.config.fusion:
+            return tuple((t,) for t in order)
+        return exact_partition(surrogate, order) if self.config.charge == "exact" else paper_partition(surrogate, order)
+
+    def _arrange(self, state: SystemState, surrogate: Surrogate, groups: Partition) -> Instance:
+        if not self.config.orchestration:
+            return make_instance(state, "shared", groups, [[h] for h in range(len(groups))], self.config.alignment)
+        found = schedule(surrogate, groups)
+        instance = make_instance(state, "shared", groups, found.buckets, self.config.alignment)
+        return replace(instance, order="explicit", orders=found.template.orders)

@@ -1,0 +1,139 @@
+"""Stage latency of an hTask (MuxTune Eq. 3): frozen operators on all tokens plus each task's adapters on its own.
+
+Equal to `stage_latency_ns` of the batch, but layers are priced once and sums are shared between hTasks, so that a planner
+can price thousands of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from muxtune.policies.build import planning_row
+from muxtune.sim.cost.base import CostModel, batch_ops
+from muxtune.spec import ops
+from muxtune.spec.align import Batch
+from muxtune.spec.catalogue import StageContext
+from muxtune.spec.cluster import DeviceSpec
+from muxtune.spec.layout import Layout
+from muxtune.spec.noun import noun
+from muxtune.spec.ops import Op
+from muxtune.spec.peft import TARGETS, PeftSpec
+from muxtune.spec.task import Workload
+
+Direction = Literal["forward", "backward"]
+DIRECTIONS: tuple[Direction, Direction] = ("forward", "backward")
+Runs = tuple[tuple[int, int], ...]
+
+
+@noun
+class Shape:
+    """Rows of a micro-batch: (task, rows, tokens a row) for each task, tasks in hTask order."""
+
+    parts: tuple[tuple[str, int, int], ...]
+
+    @property
+    def tokens(self) -> int:
+        """Processed tokens."""
+        return sum(rows * length for _, rows, length in self.parts)
+
+    def runs(self) -> Runs:
+        """(rows, length) of each run of neighbouring rows of equal length: one attention call each."""
+        runs: list[tuple[int, int]] = []
+        for _, rows, length in self.parts:
+            if runs and runs[-1][1] == length:
+                runs[-1] = (runs[-1][0] + rows, length)
+            else:
+                runs.append((rows, length))
+        return tuple(runs)
+
+    def token_batch(self) -> Batch:
+        """One row a task with all its tokens: enough for whatever depends on tokens and not on single rows."""
+        rows = (planning_row(task, 0, count * length) for task, count, length in self.parts)
+        return Batch(htask=0, rows=tuple(rows))
+
+
+def thin_context(context: StageContext, layers: int) -> StageContext:
+    """The same stage in a model where each stage has this many layers; all but a stage's first layer are alike."""
+    return replace(context, layout=replace(context.layout, layers_per_stage=(layers,) * context.layout.pp))
+
+
+def _kind(context: StageContext) -> tuple[bool, bool]:
+    """Stages of one kind (first, last, both, neither) differ in their number of layers only."""
+    return context.layout.is_first(context.stage), context.layout.is_last(context.stage)
+
+
+class StageLatency:
+    """Prices micro-batches on every stage of a layout; every partial sum is remembered."""
+
+    def __init__(self, cost: CostModel, device: DeviceSpec, workload: Workload, contexts: Sequence[StageContext]) -> None:
+        self.cost, self.device, self.element_bytes = cost, device, workload.model.element_bytes
+        layout = contexts[0].layout
+        self.layout = layout
+        self.thin = tuple(thin_context(c, 1) for c in contexts)
+        self.two_layers = thin_context(contexts[0], 2)
+        two_stages: Layout = replace(layout, pp=2, layers_per_stage=(1, 1))
+        self.edge, self.inner = (replace(contexts[0], layout=two_stages, stage=s) for s in (0, 1))
+        self.adapter_families = {t.peft.operator()[0] for t in workload.tasks}
+        self.first_target = {t.task_id: min(map(TARGETS.index, t.peft.targets)) for t in workload.tasks}
+        self.op_ns: dict[Op, int] = {}
+        self.frozen: dict[tuple[int, Runs, int, Direction], tuple[int, ...]] = {}
+        self.adapter: dict[tuple[PeftSpec, int, Direction], tuple[int, int]] = {}
+
+    def latency_ns(self, shape: Shape, direction: Direction) -> tuple[int, ...]:
+        """Time of a micro-batch on each stage, nothing beside it; a CPU's host time counts as compute."""
+        lead = min((task for task, _, _ in shape.parts), key=lambda task: self.first_target[task])
+        stages = list(self._frozen_ns(lead, shape.tokens, shape.runs(), direction))
+        for task, rows, length in shape.parts:
+            first_layer, layer = self._adapter_ns(task, rows * length, direction)
+            for stage, layers in enumerate(self.layout.layers_per_stage):
+                stages[stage] += layers * layer
+            # Above the first adapted BaseOp of stage 0 no gradient flows: its adapters have weight gradients only.
+            if self.first_target[task] == self.first_target[lead]:
+                stages[0] += first_layer - layer
+        return tuple(stages)
+
+    def _frozen_ns(self, lead: str, tokens: int, runs: Runs, direction: Direction) -> tuple[int, ...]:
+        """Backbone, launches and collectives on each stage; `lead` adapts the hTask's earliest BaseOp."""
+        key = (tokens, runs, self.first_target[lead], direction)
+        if key not in self.frozen:
+            kinds = {_kind(c): c for c in self.thin}
+            one = {kind: self._frozen_sum(c, lead, tokens, runs, direction) for kind, c in kinds.items()}
+            layer = self._frozen_sum(self.two_layers, lead, tokens, runs, direction) - one[_kind(self.two_layers)]
+            counts = zip(self.thin, self.layout.layers_per_stage, strict=True)
+            self.frozen[key] = tuple(one[_kind(c)] + (layers - 1) * layer for c, layers in counts)
+        return self.frozen[key]
+
+    def _frozen_sum(self, context: StageContext, lead: str, tokens: int, runs: Runs, direction: Direction) -> int:
+        total = 0
+        for op in self._ops(context, lead, tokens, direction):
+            if op.family == "attention":
+                total += sum(self._op_ns(self._attention(op, rows, length)) for rows, length in runs)
+            elif op.family not in self.adapter_families:
+                total += self._op_ns(op)
+        return total
+
+    def _adapter_ns(self, task: str, tokens: int, direction: Direction) -> tuple[int, int]:
+        """(in the first layer of stage 0 where it comes first, in any other layer)."""
+        key = (self.inner.peft(task), tokens, direction)
+        if key not in self.adapter:
+            sums = []
+            for context in (self.edge, self.inner):
+                mine = (op for op in self._ops(context, task, tokens, direction) if op.family in self.adapter_families)
+                sums.append(sum(map(self._op_ns, mine)))
+            self.adapter[key] = (sums[0], sums[1])
+        return self.adapter[key]
+
+    def _ops(self, context: StageContext, task: str, tokens: int, direction: Direction) -> Iterator[Op]:
+        yield from batch_ops(context, Batch(htask=0, rows=(planning_row(task, 0, tokens),)), direction)
+
+    def _attention(self, op: Op, rows: int, length: int) -> Op:
+        heads = (op.shape[0], op.shape[1], op.shape[2])
+        return ops.attention(rows, length, heads, op.direction, op.dtype, self.element_bytes)
+
+    def _op_ns(self, op: Op) -> int:
+        if op not in self.op_ns:
+            price = self.cost.latency(op, self.device)
+            self.op_ns[op] = price.p50_ns + (price.host_ns if self.device.is_cpu else 0)
+        return self.op_ns[op]

@@ -1,0 +1,199 @@
+"""Surrogate of a plan: W + Σ_Q 2C·max_s L^s(Q) over its hTasks Q, W = the largest 2·Σ_{s<S} L^s(Q) (MuxTune Eq. 3-4).
+
+L^s is the mean of an hTask's forward and backward latency on stage s, so that 2·L^s is the time of one clock pair. The
+largest micro-batch stands for all C. Collectives count as exposed: what a bucket hides of them is left to the simulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from muxtune.policies.base import SystemState
+from muxtune.policies.build import mean_length, microbatch_samples, stage_contexts
+from muxtune.policies.stage_latency import Shape, StageLatency, thin_context
+from muxtune.sim.cost.base import CostModel
+from muxtune.spec.align import Alignment
+from muxtune.spec.catalogue import StageContext
+from muxtune.spec.errors import ExtrapolationError, InfeasibleError
+from muxtune.spec.memory import adapter_bytes, backbone_bytes, held_bytes, working_bytes
+from muxtune.spec.noun import noun
+from muxtune.spec.units import format_bytes
+
+Partition = tuple[tuple[str, ...], ...]
+
+
+@noun
+class MicrobatchCost:
+    """One micro-batch of an hTask on each stage.
+
+    `held_bytes` stay from its forward to its backward (a received activation included), `working_bytes` are the
+    transient beside them, `message_bytes` is what it sends to a neighbouring stage.
+    """
+
+    forward_ns: tuple[int, ...]
+    backward_ns: tuple[int, ...]
+    held_bytes: tuple[int, ...]
+    working_bytes: tuple[int, ...]
+    message_bytes: int
+
+    @property
+    def pair_ns(self) -> tuple[int, ...]:
+        """2·L^s: forward and backward on each stage."""
+        return tuple(f + b for f, b in zip(self.forward_ns, self.backward_ns, strict=True))
+
+
+class Objective(Protocol):
+    """What the partition algorithms need to know of a group of tasks; `Surrogate` is the one that planners use."""
+
+    @property
+    def stages(self) -> int:
+        """S."""
+        ...
+
+    def admits(self, tasks: tuple[str, ...]) -> bool:
+        """Whether the group may be an hTask."""
+        ...
+
+    def warmup_ns(self, tasks: tuple[str, ...]) -> int:
+        """2·Σ_{s<S} L^s: warm-up and drain."""
+        ...
+
+    def steady_ns(self, tasks: tuple[str, ...]) -> int:
+        """2C·max_s L^s: the steady phase."""
+        ...
+
+
+def value_ns(objective: Objective, groups: Sequence[tuple[str, ...]]) -> int:
+    """W + Σ_Q 2C·max_s L^s(Q)."""
+    return max(map(objective.warmup_ns, groups)) + sum(map(objective.steady_ns, groups))
+
+
+class Surrogate:
+    """Latency and memory of candidate hTasks of one state; every answer is remembered."""
+
+    def __init__(self, cost: CostModel, state: SystemState, alignment: Alignment) -> None:
+        self.state, self.alignment = state, alignment
+        self.contexts = stage_contexts(state.workload, state.layout)
+        self.thin = tuple((thin_context(c, 1), thin_context(c, 2)) for c in self.contexts)
+        self.latency = StageLatency(cost, state.cluster.device, state.workload, self.contexts)
+        self.tasks = {t.task_id: t for t in state.workload.tasks}
+        self.mean_tokens = {t: mean_length(state.workload, t) for t in self.tasks} if alignment == "varlen" else {}
+        everyone = tuple(self.tasks)
+        self.static_bytes = tuple(backbone_bytes(c) + adapter_bytes(c, everyone) for c in self.contexts)
+        self.microbatches: dict[tuple[tuple[str, ...], int], MicrobatchCost] = {}
+
+    @property
+    def stages(self) -> int:
+        """S."""
+        return self.state.layout.pp
+
+    def sorted_tasks(self) -> tuple[str, ...]:
+        """Task ids by tokens per micro-batch, ascending (§3.3); ties by id."""
+        return tuple(sorted(self.tasks, key=lambda t: (self.shape((t,)).tokens, t)))
+
+    def shape(self, tasks: tuple[str, ...], index: int = 0, longest_case: bool = False) -> Shape:
+        """Rows of micro-batch `index` of an hTask; `longest_case` is a draw that makes `varlen` samples longest."""
+        longest = max(self.tasks[t].billed_len_tokens for t in tasks)
+        parts = []
+        for task_id in tasks:
+            count = microbatch_samples(self.tasks[task_id], self.state.microbatches, index)
+            if self.alignment == "pad":
+                length = longest
+            else:
+                length = self.tasks[task_id].billed_len_tokens if longest_case else self.mean_tokens[task_id]
+            if count:
+                parts.append((task_id, count, length))
+        return Shape(parts=tuple(parts))
+
+    def microbatch(self, tasks: tuple[str, ...], index: int = 0) -> MicrobatchCost | None:
+        """Price of micro-batch `index`; None if no task of the hTask has samples in it.
+
+        Raises:
+            ExtrapolationError: the cost model refuses to answer for this shape.
+        """
+        shape = self.shape(tasks, index)
+        if not shape.parts:
+            return None
+        counts_differ = any(self.tasks[t].global_batch_samples % self.state.microbatches for t in tasks)
+        key = (tasks, index if counts_differ else 0)
+        if key not in self.microbatches:
+            self.microbatches[key] = self._price(shape, self.shape(tasks, index, longest_case=True))
+        return self.microbatches[key]
+
+    def _price(self, shape: Shape, longest_case: Shape) -> MicrobatchCost:
+        batch, model = longest_case.token_batch(), self.state.workload.model
+        message_bytes = batch.tokens * model.hidden * model.element_bytes
+        received = (0,) + (message_bytes,) * (self.stages - 1)
+        return MicrobatchCost(
+            forward_ns=self.latency.latency_ns(shape, "forward"),
+            backward_ns=self.latency.latency_ns(shape, "backward"),
+            held_bytes=tuple(self._held(longest_case, s) + received[s] for s in range(self.stages)),
+            working_bytes=tuple(working_bytes(c, batch) for c in self.contexts),
+            message_bytes=message_bytes,
+        )
+
+    def _held(self, shape: Shape, stage: int) -> int:
+        """Held bytes grow by the same amount with each layer of a stage after the first."""
+        batch = shape.token_batch()
+        one, two = (held_bytes(c, batch) for c in self.thin[stage])
+        return one + (self.state.layout.layers_per_stage[stage] - 1) * (two - one)
+
+    def _largest(self, tasks: tuple[str, ...]) -> MicrobatchCost:
+        found = self.microbatch(tasks)
+        assert found is not None, "micro-batch 0 has samples of every task"
+        return found
+
+    def warmup_ns(self, tasks: tuple[str, ...]) -> int:
+        """2·Σ_{s<S} L^s: warm-up and drain."""
+        return sum(self._largest(tasks).pair_ns[:-1])
+
+    def steady_ns(self, tasks: tuple[str, ...]) -> int:
+        """2C·max_s L^s: the steady phase."""
+        return self.state.microbatches * max(self._largest(tasks).pair_ns)
+
+    def first_stage_ns(self, tasks: tuple[str, ...]) -> int:
+        """2·L^(1): what buckets are balanced and sorted by."""
+        return self._largest(tasks).pair_ns[0]
+
+    @property
+    def priced(self) -> int:
+        """Distinct micro-batches priced so far."""
+        return len(self.microbatches)
+
+    def peak_bytes(self, tasks: tuple[str, ...], stage: int) -> int:
+        """Peak of a stage under 1F1B with this hTask alone in flight and every task's adapter resident."""
+        cost = self._largest(tasks)
+        units = min(self.state.microbatches, max(self.tasks[t].global_batch_samples for t in tasks))
+        in_flight = min(self.stages - stage, units)
+        gradient = cost.message_bytes if stage + 1 < self.stages else 0
+        return self.static_bytes[stage] + in_flight * cost.held_bytes[stage] + cost.working_bytes[stage] + gradient
+
+    def admits(self, tasks: tuple[str, ...]) -> bool:
+        """Whether the group fits in memory alone and lies where the cost model answers."""
+        try:
+            return all(self.peak_bytes(tasks, s) <= self.memory_bytes for s in range(self.stages))
+        except ExtrapolationError:
+            return False
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of one device."""
+        return self.state.cluster.device.memory_bytes
+
+    def require_single_tasks(self) -> None:
+        """Refuse a state in which a task cannot even be an hTask of its own.
+
+        Raises:
+            InfeasibleError: it does not fit: names rank, bytes needed and bytes there.
+            ExtrapolationError: the cost model does not answer for it.
+        """
+        for task_id in self.tasks:
+            for stage in range(self.stages):
+                needed = self.peak_bytes((task_id,), stage)
+                if needed > self.memory_bytes:
+                    raise InfeasibleError(
+                        f"task {task_id} does not fit as an hTask of its own: rank {stage * self.state.layout.tp} needs "
+                        f"{format_bytes(needed)} ({format_bytes(self.static_bytes[stage])} of them static), "
+                        f"{self.state.cluster.device.name} has {format_bytes(self.memory_bytes)}"
+                    )

@@ -1,0 +1,112 @@
+"""Buckets and pipeline template (MuxTune §3.4, Eq. 7, and §3.4.1): balance hTasks, largest bucket first, launch eagerly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+
+from muxtune.policies.surrogate import MicrobatchCost, Partition, Surrogate
+from muxtune.spec.noun import noun
+from muxtune.spec.order import Template, eager
+from muxtune.spec.plan import OrderKey
+
+Buckets = tuple[tuple[int, ...], ...]
+
+
+@noun
+class Schedule:
+    """hTask indices of each bucket, buckets in launch order, and the template that runs them."""
+
+    buckets: Buckets
+    template: Template
+
+
+def balance(loads: Sequence[int], parts: int) -> Buckets:
+    """Eq. 7: partition items into `parts` non-empty buckets with a small squared deviation of bucket loads.
+
+    Longest processing time first, then the best move or swap between two buckets until none lowers the deviation. Each
+    bucket lists its items in ascending order; equal input gives equal output. `parts` must not exceed the items.
+    """
+    buckets: list[list[int]] = [[] for _ in range(parts)]
+    sums = [0] * parts
+    for item in sorted(range(len(loads)), key=lambda i: (-loads[i], i)):
+        # An empty bucket is filled first, so that zero loads leave none empty.
+        target = min(range(parts), key=lambda b: (bool(buckets[b]), sums[b], b))
+        buckets[target].append(item)
+        sums[target] += loads[item]
+    while (step := _best_exchange(loads, buckets, sums)) is not None:
+        _, source, target, given, taken = step
+        for bucket, out, into in ((source, given, taken), (target, taken, given)):
+            buckets[bucket] = [i for i in buckets[bucket] if i != out] + ([into] if into is not None else [])
+            sums[bucket] = sum(loads[i] for i in buckets[bucket])
+    return tuple(tuple(sorted(b)) for b in buckets)
+
+
+def _best_exchange(
+    loads: Sequence[int], buckets: Sequence[Sequence[int]], sums: Sequence[int]
+) -> tuple[int, int, int, int, int | None] | None:
+    """(change of Σ sums², from, to, item given, item taken or None) of the best exchange; None if none improves."""
+    choices = []
+    for source, target in product(range(len(buckets)), repeat=2):
+        gap = sums[source] - sums[target]
+        if gap <= 0:
+            continue
+        for given, taken in product(buckets[source], (None, *buckets[target])):
+            moved = loads[given] - (0 if taken is None else loads[taken])
+            if 0 < moved < gap:
+                choices.append((2 * moved * (moved - gap), source, target, given, taken))
+    return min(choices, key=lambda c: c[:4]) if choices else None
+
+
+def schedule(surrogate: Surrogate, groups: Partition) -> Schedule:
+    """Sweep the number of buckets from 1 to one an hTask and keep the template of least makespan.
+
+    A bucket whose unit does not fit in memory rules its number out. Ties go to more buckets: their units hold less.
+    """
+    loads = [surrogate.first_stage_ns(g) for g in groups]
+    found: list[Schedule] = []
+    for parts in range(len(groups), 0, -1):
+        packed = balance(loads, parts)
+        buckets = tuple(sorted(packed, key=lambda b: (-sum(loads[h] for h in b), b)))
+        template = eager_template(surrogate, groups, buckets)
+        if template is not None:
+            found.append(Schedule(buckets=buckets, template=template))
+    assert found, "one bucket an hTask fits, because every hTask does"
+    return min(found, key=lambda s: s.template.makespan_ns)
+
+
+def eager_template(surrogate: Surrogate, groups: Partition, buckets: Buckets) -> Template | None:
+    """The eager order of buckets (units of a bucket consecutive) and its makespan; None where one unit alone does not fit."""
+    units = _unit_costs(surrogate, groups, buckets)
+    stages = range(surrogate.stages)
+    held = {(s, k): sum(x.held_bytes[s] for x in v) for k, v in units.items() for s in stages}
+    transient = {(s, k): _transient_bytes(v, s, surrogate.stages) for k, v in units.items() for s in stages}
+    free = [surrogate.memory_bytes - surrogate.static_bytes[s] for s in stages]
+    if any(held[s, k] + transient[s, k] > free[s] for s, k in held):
+        return None
+    forward = {(s, k): sum(x.forward_ns[s] for x in v) for k, v in units.items() for s in stages}
+    backward = {(s, k): sum(x.backward_ns[s] for x in v) for k, v in units.items() for s in stages}
+    return eager(
+        tuple(units),
+        surrogate.stages,
+        lambda s, key, direction: (forward if direction == "forward" else backward)[s, key],
+        lambda s, key: held[s, key],
+        [free[s] - max(transient[s, k] for k in units) for s in stages],
+    )
+
+
+def _unit_costs(surrogate: Surrogate, groups: Partition, buckets: Buckets) -> dict[OrderKey, tuple[MicrobatchCost, ...]]:
+    """The micro-batches of each unit, bucket after bucket; units without samples are left out."""
+    units: dict[OrderKey, tuple[MicrobatchCost, ...]] = {}
+    for b, bucket in enumerate(buckets):
+        for c in range(surrogate.state.microbatches):
+            costs = (surrogate.microbatch(groups[h], c) for h in bucket)
+            if present := tuple(x for x in costs if x is not None):
+                units[b, c] = present
+    return units
+
+
+def _transient_bytes(unit: Sequence[MicrobatchCost], stage: int, stages: int) -> int:
+    """Bytes beside the held ones while a unit runs: the widest hTask's, and a received gradient."""
+    gradient = sum(x.message_bytes for x in unit) if stage + 1 < stages else 0
+    return max(x.working_bytes[stage] for x in unit) + gradient

@@ -1,0 +1,264 @@
+"""Table: measured operators, interpolated as efficiency over the roofline in log space (DESIGN §5).
+
+e(m) = roofline_ns(m) / measured_ns(m), log e is linear in log m between points, latency(m) = roofline_ns(m) / e(m).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from muxtune.sim.cost._interpolate import Grid, Interpolant, Line, Size
+from muxtune.sim.cost.base import Cost, CostBase
+from muxtune.sim.cost.roofline import LINKED, RELATIVE_ERROR, UNPRICED, dynamic_joules, issue_ns, link_ns
+from muxtune.spec import ops
+from muxtune.spec.cluster import DeviceSpec, Link
+from muxtune.spec.errors import ExtrapolationError, InputError
+from muxtune.spec.noun import digest, noun
+from muxtune.spec.ops import FAMILIES, Direction, Op
+from muxtune.spec.plan import Provenance
+from muxtune.spec.units import DTYPE_BYTES, NS_PER_S
+
+TABLE_VERSION = 1
+
+#: Families whose times are interpolated as they are: a remainder may be 0 or below, a constant has one point.
+REMAINDERS = frozenset({"layer_overhead", "launch", "instruction"})
+
+Group = tuple[str, str, str, tuple[int, ...]]
+
+
+@noun
+class Point:
+    """One measured size: median time and its relative spread (p80 − p20) / p50.
+
+    `host_ns` is the time to issue the call on a device that runs beside its host; None where it was not measured.
+    """
+
+    size: tuple[int, ...]
+    p50_ns: int
+    spread: float
+    host_ns: int | None = None
+
+
+@noun
+class Curve:
+    """The measured points of one operator group."""
+
+    family: str
+    direction: Direction
+    dtype: str
+    shape: tuple[int, ...]
+    points: tuple[Point, ...]
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"family={self.family!r}: known are {sorted(FAMILIES)}")
+        if not self.points:
+            raise ValueError(f"{self.name}: has no points")
+        if len({p.size for p in self.points}) < len(self.points):
+            raise ValueError(f"{self.name}: a size is measured twice; keep one point a size")
+        for point in self.points:
+            if len(point.size) != len(FAMILIES[self.family].size) or min(point.size) < 1:
+                raise ValueError(
+                    f"{self.name}: size {point.size}: expected {FAMILIES[self.family].size}, each at least 1"
+                )
+            if point.p50_ns < 1 and self.family not in REMAINDERS:
+                raise ValueError(f"{self.name}: p50_ns={point.p50_ns} at {point.size}: a measured time is at least 1")
+
+    @property
+    def group(self) -> Group:
+        """What an operator must match exactly."""
+        return self.family, self.direction, self.dtype, self.shape
+
+    @property
+    def name(self) -> str:
+        """For messages: `linear forward bf16 (in=4096, out=4096, bias=0)`."""
+        return _group_name(self.group)
+
+
+@noun
+class FamilyError:
+    """How well interpolation predicts points that were left out; None where no point has neighbours on both sides."""
+
+    family: str
+    points: int
+    held_out_mape: float | None
+
+
+@noun
+class FittedTable:
+    """A fitted profile. `reference_ns` is the median time of the reference GEMM while it was measured."""
+
+    version: int = TABLE_VERSION
+    device: str
+    reference_ns: int
+    curves: tuple[Curve, ...]
+    families: tuple[FamilyError, ...]
+    provenance: Provenance = Provenance()
+
+    def __post_init__(self) -> None:
+        if self.version != TABLE_VERSION:
+            raise ValueError(f"version={self.version}: this muxtune reads version {TABLE_VERSION}")
+        groups = [c.group for c in self.curves]
+        if len(set(groups)) < len(groups):
+            raise ValueError("two curves are of one operator group: merge their points")
+
+
+class Table(CostBase):
+    """Cost model of a measured profile. Energy is estimated from the data sheet's watts, not measured.
+
+    Operators that run beside each other (`share`) are priced as if alone.
+
+    Raises:
+        InputError: the profile is of another device, or an attention grid has holes.
+    """
+
+    calibrated = True
+
+    def __init__(self, fitted: FittedTable, device: DeviceSpec, allow_extrapolation: bool = False) -> None:
+        if fitted.device != device.name:
+            raise InputError(
+                f"the profile was measured on {fitted.device}, not on {device.name}: profile {device.name}"
+            )
+        self.fitted, self.device, self.allow_extrapolation = fitted, device, allow_extrapolation
+        self.model_id = f"table:{fitted.device}:{digest(fitted)}"
+        self._curves = {curve.group: (curve, _interpolant(curve, device)) for curve in fitted.curves}
+        self._mape = {f.family: f.held_out_mape for f in fitted.families}
+        self._known: dict[Op, Cost] = {}
+
+    def latency(self, op: Op, device: DeviceSpec, share: tuple[Op, ...] = ()) -> Cost:
+        """Measured or interpolated cost.
+
+        Raises:
+            ExtrapolationError: the group was not measured, or the size is outside and extrapolation is not allowed.
+            InputError: another device than the profile's.
+        """
+        if device.name != self.device.name:
+            raise InputError(f"{self.model_id} has no figures for {device.name}: profile it")
+        found = self._known.get(op)
+        if found is None:
+            found = self._known[op] = self._price(op)
+        return found
+
+    def link_latency(self, op: Op, link: Link) -> Cost:
+        """Cost of a message from the measured curve of its family; the profile's own links stand for `link`.
+
+        Where no message of the family was measured, extrapolation prices it by the link's data sheet.
+        """
+        if op.family not in LINKED:
+            raise InputError(f"operator {op.family!r} does not travel over a link: only {sorted(LINKED)} do")
+        if op.group not in self._curves and self.allow_extrapolation:
+            return Cost(p50_ns=link_ns(op, link), relative_error=RELATIVE_ERROR, extrapolated=True)
+        return self.latency(op, self.device)
+
+    def _price(self, op: Op) -> Cost:
+        if op.group not in self._curves:
+            raise ExtrapolationError(f"{_group_name(op.group)} was not measured: profile again with this workload")
+        curve, interpolate = self._curves[op.group]
+        extrapolated = not interpolate.covers(op.size)
+        if extrapolated and not self.allow_extrapolation:
+            raise ExtrapolationError(_outside(op, curve))
+        p50_ns = round(interpolate.ns(op.size))
+        mape = self._mape.get(op.family)
+        return Cost(
+            p50_ns=p50_ns,
+            host_ns=self._host_ns(op, curve),
+            relative_error=max(p.spread for p in curve.points) if mape is None else mape,
+            extrapolated=extrapolated,
+            joules=0.0 if op.family in UNPRICED | LINKED else dynamic_joules(op, self.device, p50_ns),
+        )
+
+    def _host_ns(self, op: Op, curve: Curve) -> int:
+        """Issue time: measured (it does not depend on size), else the data sheet's; on a CPU it is inside p50."""
+        if self.device.is_cpu or op.family in UNPRICED | LINKED:
+            return 0
+        measured = [p.host_ns for p in curve.points if p.host_ns is not None]
+        return round(statistics.median(measured)) if measured else issue_ns(op, self.device)
+
+
+def fit_table(
+    curves: Sequence[Curve], device: DeviceSpec, reference_ns: int, provenance: Provenance | None = None
+) -> FittedTable:
+    """A table of curves with the held-out error of every family (mean over its curves' left-out points)."""
+    held_out: dict[str, list[float]] = {}
+    points: dict[str, int] = {}
+    for curve in curves:
+        held_out.setdefault(curve.family, []).extend(leave_one_out(curve, device))
+        points[curve.family] = points.get(curve.family, 0) + len(curve.points)
+    families = tuple(
+        FamilyError(family=f, points=points[f], held_out_mape=statistics.fmean(e) if e else None)
+        for f, e in sorted(held_out.items())
+    )
+    return FittedTable(
+        device=device.name,
+        reference_ns=reference_ns,
+        curves=tuple(sorted(curves, key=lambda c: c.group)),
+        families=families,
+        provenance=provenance or Provenance(),
+    )
+
+
+def leave_one_out(curve: Curve, device: DeviceSpec) -> tuple[float, ...]:
+    """|predicted − measured| / |measured| of every interior point, predicted without it.
+
+    On a grid whole rows and columns are left out. A remainder may be measured near 0, so it is held against the largest
+    measurement of its curve.
+    """
+    measured_ns = {p.size: p.p50_ns for p in curve.points}
+    largest_ns = max(1, *(abs(ns) for ns in measured_ns.values()))
+    errors: list[float] = []
+    for out in _left_out(measured_ns):
+        rest = _interpolant(curve, device, {size: ns for size, ns in measured_ns.items() if size not in out})
+        for size in out:
+            scale = largest_ns if curve.family in REMAINDERS else measured_ns[size]
+            errors.append(abs(rest.ns(size) - measured_ns[size]) / scale)
+    return tuple(errors)
+
+
+def _left_out(sizes: Iterable[Size]) -> Iterator[list[Size]]:
+    """For each variable and each interior value of it: the sizes that have this value."""
+    ordered = sorted(sizes)
+    for axis in range(len(ordered[0])):
+        for value in sorted({size[axis] for size in ordered})[1:-1]:
+            yield [size for size in ordered if size[axis] == value]
+
+
+def _interpolant(curve: Curve, device: DeviceSpec, measured_ns: Mapping[Size, int] | None = None) -> Interpolant:
+    points = measured_ns or {p.size: p.p50_ns for p in curve.points}
+    if curve.family in REMAINDERS:
+        return Line(points)
+    return Grid(points, lambda size: _baseline_ns(curve, device, size), curve.name)
+
+
+def _baseline_ns(curve: Curve, device: DeviceSpec, size: Size) -> float:
+    """Roofline time at the peaks; where flops and bytes are both proportional to size, the size itself does as well."""
+    shape, dtype = curve.shape, curve.dtype
+    if curve.family == "linear":
+        op = ops.linear(size[0], (shape[0], shape[1]), bool(shape[2]), curve.direction, dtype, DTYPE_BYTES[dtype])
+    elif curve.family == "lora":
+        op = ops.lora(size[0], (shape[0], shape[1]), shape[2], curve.direction, dtype, DTYPE_BYTES[dtype])
+    elif curve.family == "attention":
+        heads = (shape[0], shape[1], shape[2])
+        op = ops.attention(size[0], size[1], heads, curve.direction, dtype, DTYPE_BYTES[dtype])
+    else:
+        return float(size[0])
+    return max(op.flops / device.peak_flops(dtype), op.moved_bytes / device.bandwidth_bytes_per_s) * NS_PER_S
+
+
+def _group_name(group: Group) -> str:
+    family, direction, dtype, shape = group
+    names = FAMILIES[family].shape if family in FAMILIES else ()
+    labels = ", ".join(f"{n}={v}" for n, v in zip(names, shape, strict=False))
+    return f"{family} {direction} {dtype} ({labels})"
+
+
+def _outside(op: Op, curve: Curve) -> str:
+    """The sentence that refuses an operator outside the measured range."""
+    parts: list[str] = []
+    for i, variable in enumerate(FAMILIES[op.family].size):
+        values = sorted({p.size[i] for p in curve.points})
+        if not values[0] <= op.size[i] <= values[-1]:
+            parts.append(f"{variable}={op.size[i]} is outside the measured {values[0]}..{values[-1]}")
+    return (
+        f"{curve.name}: {' and '.join(parts)}: profile again with this workload, or allow it by --allow-extrapolation"
+    )

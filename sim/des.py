@@ -1,0 +1,21 @@
+"""The one door of SimPy: an event-queue environment that counts the events it processes."""
+
+from __future__ import annotations
+
+from simpy import Environment as _SimpyEnvironment
+from simpy import Event, Store
+
+__all__ = ["Environment", "Event", "Store"]
+
+
+class Environment(_SimpyEnvironment):  # type: ignore[misc]
+    """SimPy's environment on integer nanoseconds from 0; `processed` counts events."""
+
+    def __init__(self) -> None:
+        super().__init__(initial_time=0)
+        self.processed = 0
+
+    def step(self) -> None:
+        """Process the next event."""
+        super().step()
+        self.processed += 1
