@@ -26,13 +26,12 @@ class AdapterBank:
         self.segments = segments
 
     def aggregate(self, x: Tensor, out: Tensor) -> Tensor:
-        """Add every routed adapter to the base output; x (tokens, 1, in), out (tokens, 1, out)."""
+        """Add every routed adapter to the base output in place; x (tokens, in), out (tokens, out), not a view."""
         entries: dict[type[Adapter], list[tuple[Adapter, int, int]]] = {}
         for task, start, end in self.segments:
             if task in self.adapters:
                 adapter = self.adapters[task]
                 entries.setdefault(type(adapter), []).append((adapter, start, end))
-        flat_x, flat_out = x.reshape(-1, x.size(-1)), out.view(-1, out.size(-1))
         for kind, group in entries.items():
-            flat_out = kind.apply_group(flat_out, flat_x, group)
-        return flat_out.view(out.shape)
+            out = kind.apply_group(out, x, group)
+        return out

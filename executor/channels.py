@@ -15,7 +15,14 @@ from muxtune.spec.program import Instruction
 class Channels:
     """The channels of one rank for one Program. Activations and gradients travel in process groups of their own."""
 
-    def __init__(self, instructions: Sequence[Instruction], groups: dict[str, Any], width: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        instructions: Sequence[Instruction],
+        groups: dict[str, Any],
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self.groups, self.width, self.dtype, self.device = groups, width, dtype, device
         self.queues: dict[tuple[int, str], list[Instruction]] = {}
         self.posted: dict[tuple[int, str], tuple[Instruction, Tensor, Any] | None] = {}

@@ -15,9 +15,14 @@ from muxtune.spec.program import Program
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchTensors:
-    """One hTask's input on a flat token axis: ids, positions and labels (tokens,), and per task the predicted positions."""
+    """One hTask's input on a flat token axis: ids, positions and labels (tokens,), and per task the predicted positions.
+
+    `segments` and `runs` are the batch's, kept because every layer asks for them.
+    """
 
     batch: Batch
+    segments: tuple[tuple[str, int, int], ...]
+    runs: tuple[tuple[int, int], ...]
     ids: Tensor
     positions: Tensor
     labels: Tensor
@@ -70,6 +75,8 @@ def batch_tensors(batch: Batch, vocab: int, device: torch.device) -> BatchTensor
     move = {"device": device}
     return BatchTensors(
         batch=batch,
+        segments=batch.segments(),
+        runs=batch.runs(),
         ids=torch.as_tensor(ids, **move),
         positions=torch.as_tensor(positions, **move),
         labels=torch.as_tensor(labels, **move),

@@ -21,11 +21,12 @@ from muxtune.spec.plan import Provenance
 from muxtune.spec.program import Bound
 from muxtune.spec.timeline import Span, Timeline, span_op
 
-#: One OpenMP thread a rank, and a malloc that keeps freed memory: trimming doubles the time of large activations.
+#: One OpenMP thread a rank, and a malloc that keeps freed memory: page faults double the time of large activations.
+#: glibc ignores an mmap threshold above 32 MiB in silence, so mmap is switched off by its count instead.
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TOP_PAD_": "67108864",
 }
 START_TIMEOUT_S = 180.0
@@ -34,7 +35,9 @@ START_TIMEOUT_S = 180.0
 class WorkerGroup:
     """Use as a context manager; every method asks all ranks and waits for all answers."""
 
-    def __init__(self, layout: Layout, device: Literal["cpu", "cuda"] = "cpu", timeout_s: float = 120.0, pin: bool = True) -> None:
+    def __init__(
+        self, layout: Layout, device: Literal["cpu", "cuda"] = "cpu", timeout_s: float = 120.0, pin: bool = True
+    ) -> None:
         self.ranks = layout.tp * layout.pp
         self.timeout_s = timeout_s
         self.folder = tempfile.TemporaryDirectory(prefix="muxtune-")
@@ -45,7 +48,8 @@ class WorkerGroup:
         with Listener(address, authkey=key.encode()) as listener:
             command = [sys.executable, "-m", "muxtune.executor.worker", address]
             self.processes = [
-                subprocess.Popen([*command, str(r)], env=environment, stdout=self.log, stderr=self.log) for r in range(self.ranks)
+                subprocess.Popen([*command, str(r)], env=environment, stdout=self.log, stderr=self.log)
+                for r in range(self.ranks)
             ]
             self.connections = self._accept(listener)
         cores = sorted(os.sched_getaffinity(0))
@@ -54,7 +58,13 @@ class WorkerGroup:
             core = cores[rank % len(cores)] if pin and device == "cpu" else -1
             connection.send(
                 messages.Hello(
-                    rank=rank, tp=layout.tp, pp=layout.pp, device=device, rendezvous=rendezvous, core=core, timeout_s=timeout_s
+                    rank=rank,
+                    tp=layout.tp,
+                    pp=layout.pp,
+                    device=device,
+                    rendezvous=rendezvous,
+                    core=core,
+                    timeout_s=timeout_s,
                 )
             )
 
@@ -147,7 +157,9 @@ class WorkerGroup:
     def __enter__(self) -> WorkerGroup:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self.log.closed:
             self.close()
 

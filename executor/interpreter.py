@@ -44,14 +44,23 @@ class RankRun:
         groups: dict[str, Any],
         device: torch.device,
     ) -> None:
-        self.bound, self.rank, self.stages, self.tasks, self.groups, self.device = bound, rank, stages, tasks, groups, device
+        self.bound, self.rank, self.stages, self.tasks, self.groups, self.device = (
+            bound,
+            rank,
+            stages,
+            tasks,
+            groups,
+            device,
+        )
         self.instructions = next(r.instructions for r in bound.program.ranks if r.rank == rank)
         self.launches = _launches_here(bound, rank)
         self.denominators = response_counts(bound.program)
         vocab = bound.plan.workload.model.vocab
         mine = {x.key for x in self.instructions if x.op == "forward"}
         self.tensors: dict[UnitKey, dict[int, BatchTensors]] = {
-            w.key: {b.htask: batch_tensors(b, vocab, device) for b in w.batches} for w in bound.program.units if w.key in mine
+            w.key: {b.htask: batch_tensors(b, vocab, device) for b in w.batches}
+            for w in bound.program.units
+            if w.key in mine
         }
         self.run_op: dict[str, Callable[[Instruction, int], None]] = {
             "recv": self._recv,
@@ -122,7 +131,13 @@ class RankRun:
         start_ns = time.perf_counter_ns()
         node()
         self.marks.append(
-            Mark(index=index, subgraph=launch.subgraph, htask=launch.htask, start_ns=start_ns, end_ns=time.perf_counter_ns())
+            Mark(
+                index=index,
+                subgraph=launch.subgraph,
+                htask=launch.htask,
+                start_ns=start_ns,
+                end_ns=time.perf_counter_ns(),
+            )
         )
 
     def _send(self, x: Instruction, index: int) -> None:

@@ -26,6 +26,7 @@ with warnings.catch_warnings():
     from megatron.core import parallel_state
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
     from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, vocab_parallel_cross_entropy
@@ -59,7 +60,9 @@ class RaggedAttention(MegatronModule):  # type: ignore[misc]
         outs, end = [], 0
         for rows, length in attention_mask:
             start, end = end, end + rows * length
-            q, k, v = (x[start:end].view(rows, length, x.size(-2), x.size(-1)).transpose(1, 2) for x in (query, key, value))
+            q, k, v = (
+                x[start:end].view(rows, length, x.size(-2), x.size(-1)).transpose(1, 2) for x in (query, key, value)
+            )
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
             outs.append(out.transpose(1, 2).reshape(rows * length, 1, -1))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -73,10 +76,12 @@ def _multiplexed(base: type[Any], column_parallel: bool) -> type[Any]:
 
         def forward(self, input_: Tensor, *unused: Any, **also_unused: Any) -> tuple[Tensor, Tensor | None]:
             bias = self.bias if column_parallel and not self.skip_bias_add else None
-            out = F.linear(input_, self.weight, bias)
+            flat = input_.reshape(-1, input_.size(-1))
+            # Flat, so that adapters add in place to the product itself: in place on a view, autograd would copy it twice.
+            out = F.linear(flat, self.weight, bias)
             if self.bank is not None:
-                out = self.bank.aggregate(input_, out)
-            return out, self.bias if self.skip_bias_add else None
+                out = self.bank.aggregate(flat, out)
+            return out.view(*input_.shape[:-1], -1), self.bias if self.skip_bias_add else None
 
     Multiplexed.__name__ = f"Multiplexed{base.__name__}"
     return Multiplexed
@@ -170,7 +175,9 @@ def _block_spec(model: ModelSpec, layers: int) -> Any:
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
 
-def build_stage_model(model: ModelSpec, layout: Layout, stage: int, tp_rank: int, device: torch.device, seed: int) -> Any:
+def build_stage_model(
+    model: ModelSpec, layout: Layout, stage: int, tp_rank: int, device: torch.device, seed: int
+) -> Any:
     """A frozen GPTModel holding one stage's layers, with weights that depend on seed and global names only.
 
     Equal seeds give equal backbones under any layout. Tied embeddings are two frozen copies with equal values where head
@@ -244,6 +251,19 @@ def rotary_table(model: ModelSpec, device: torch.device) -> Tensor:
     exponent = torch.arange(0, model.head_dim, 2, dtype=torch.float32) / model.head_dim
     angles = torch.outer(torch.arange(model.max_positions, dtype=torch.float32), model.rope_base**-exponent)
     return torch.cat((angles, angles), dim=-1)[:, None, None, :].to(device)
+
+
+def rotate(x: Tensor, angles: Tensor, gpt: Any) -> Tensor:
+    """Megatron's rotary embedding of x (tokens, 1, heads, head_dim) by angles (tokens, 1, 1, head_dim)."""
+    return apply_rotary_pos_emb(x, angles, config=gpt.config)  # type: ignore[no-any-return]
+
+
+def activation(model: ModelSpec, gpt: Any, x: Tensor) -> Tensor:
+    """The MLP's activation as Megatron's unfused path runs it; x (tokens, 1, fc1_out)."""
+    if not model.gated:
+        return gpt.config.activation_func(x)  # type: ignore[no-any-return]
+    gate, up = torch.chunk(x, 2, dim=-1)
+    return gpt.config.activation_func(gate) * (up + gpt.config.glu_linear_offset)  # type: ignore[no-any-return]
 
 
 def token_losses(logits: Tensor, labels: Tensor, tp: int) -> Tensor:

@@ -54,7 +54,9 @@ class Passage:
 class StageModel:
     """One stage of one backbone copy, with the adapters of every registered task."""
 
-    def __init__(self, model: ModelSpec, layout: Layout, stage: int, tp_rank: int, device: torch.device, seed: int) -> None:
+    def __init__(
+        self, model: ModelSpec, layout: Layout, stage: int, tp_rank: int, device: torch.device, seed: int
+    ) -> None:
         self.model, self.layout, self.stage, self.tp_rank, self.device = model, layout, stage, tp_rank, device
         self.gpt = build_stage_model(model, layout, stage, tp_rank, device, seed)
         self.banks: dict[tuple[int, str], AdapterBank] = attach_banks(self.gpt, model, layout, stage)
@@ -88,10 +90,14 @@ class StageModel:
             self._after_reduce(passage, subgraph.pieces[0])
             return
         for piece in subgraph.pieces:
-            if piece.name == "head":
-                self._head_loss(passage, piece, denominators)
-            else:
-                self._forward[piece.name](passage, piece)
+            self.forward_piece(passage, piece, denominators)
+
+    def forward_piece(self, passage: Passage, piece: Piece, denominators: dict[str, int]) -> None:
+        """Run one piece; the pieces of a batch run in the order of `stage_pieces`."""
+        if piece.name == "head":
+            self._head_loss(passage, piece, denominators)
+        else:
+            self._forward[piece.name](passage, piece)
 
     def backward(self, passage: Passage, index: int) -> None:
         """Run backward subgraph `index`; `passage.gradient` is the gradient of the stage's output stream (last stage: none)."""
@@ -147,14 +153,14 @@ class StageModel:
     def _block(self, passage: Passage, piece: Piece) -> None:
         """Attention or MLP of a layer: from the normed stream to this rank's partial sum."""
         assert passage.normed is not None
-        segments = passage.tensors.batch.segments()
+        segments = passage.tensors.segments
         for target in ("qkv", "proj") if piece.name == "attention" else ("fc1", "fc2"):
             self.banks[piece.layer, target].bind(segments)
         leaf = passage.normed.detach().requires_grad_(passage.live)
         layer = self.layers[piece.layer]
         with torch.enable_grad():
             if piece.name == "attention":
-                out, _ = layer.self_attention(leaf, passage.tensors.batch.runs(), rotary_pos_emb=passage.rotary)
+                out, _ = layer.self_attention(leaf, passage.tensors.runs, rotary_pos_emb=passage.rotary)
             else:
                 out, _ = layer.mlp(leaf)
         if out.requires_grad:

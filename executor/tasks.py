@@ -76,7 +76,9 @@ def step_task(state: TaskState, layout_tp: int, group: Any | None) -> None:
     gradients = [p.grad for p in state.parameters if p.grad is not None]
     squares = torch.stack(torch._foreach_norm(gradients)).square().sum() if gradients else torch.zeros(())
     if layout_tp > 1:
-        whole = torch.stack(torch._foreach_norm([p.grad for p in state.replicated if p.grad is not None])).square().sum()
+        whole = (
+            torch.stack(torch._foreach_norm([p.grad for p in state.replicated if p.grad is not None])).square().sum()
+        )
         squares = squares - whole * (1 - 1 / layout_tp)
     if group is not None:
         torch.distributed.all_reduce(squares, group=group)

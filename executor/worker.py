@@ -54,7 +54,9 @@ class Worker:
             backend, init_method=f"file://{hello.rendezvous}", rank=hello.rank, world_size=ranks, timeout=timeout
         )
         start_parallel(Layout(tp=hello.tp, pp=hello.pp, layers_per_stage=(1,) * hello.pp))
-        self.groups: dict[str, Any] = {name: dist.new_group(timeout=timeout) for name in ("activation", "gradient", "instance")}
+        self.groups: dict[str, Any] = {
+            name: dist.new_group(timeout=timeout) for name in ("activation", "gradient", "instance")
+        }
         self.loaded: dict[str, Loaded] = {}
         self.answers: dict[type, Callable[[Any], Any]] = {
             messages.Load: self.load,
@@ -75,7 +77,9 @@ class Worker:
         for index, instance in enumerate(plan.instances):
             rank = instance.devices.index(self.hello.rank)
             layout = instance.layout
-            stage = StageModel(plan.workload.model, layout, layout.stage_of(rank), rank % layout.tp, self.device, message.seed)
+            stage = StageModel(
+                plan.workload.model, layout, layout.stage_of(rank), rank % layout.tp, self.device, message.seed
+            )
             stages[index] = stage
             for task_id in instance.tasks:
                 tasks[task_id] = register_task(stage, plan.workload.task(task_id), message.seed)
@@ -121,7 +125,9 @@ class Worker:
             name: messages.TaskReport(losses=tuple(t.losses), gradient_norms=tuple(t.gradient_norms), skipped=t.skipped)
             for name, t in tasks.items()
         }
-        return messages.Inspection(reports=reports, state={n: t.state() for n, t in tasks.items()} if message.state else {})
+        return messages.Inspection(
+            reports=reports, state={n: t.state() for n, t in tasks.items()} if message.state else {}
+        )
 
     def gradients(self, message: messages.Gradients) -> dict[str, dict[str, torch.Tensor]]:
         """Accumulated gradients of one pass, by task and parameter name."""
@@ -177,7 +183,9 @@ def main(address: str, rank: int) -> None:
             answer = worker.answers[type(message)](message)
         except Exception as error:
             text = f"rank {rank}: {type(error).__name__}: {error}"
-            answer = messages.Failure(message=text, details=traceback.format_exc(), input_error=isinstance(error, InputError))
+            answer = messages.Failure(
+                message=text, details=traceback.format_exc(), input_error=isinstance(error, InputError)
+            )
         connection.send(answer)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Building blocks that policies share: instances from groups of tasks, the planning shape of an hTask, feasible plans."""
+"""Building blocks that policies share: instances from groups of tasks, an hTask's planning batch, feasible plans."""
 
 from __future__ import annotations
 
@@ -120,4 +120,6 @@ def mean_length(workload: Workload, task_id: str) -> int:
 def stage_contexts(workload: Workload, layout: Layout) -> tuple[StageContext, ...]:
     """The operator context of every stage, with every task's adapter known."""
     adapters = tuple((t.task_id, t.peft) for t in workload.tasks)
-    return tuple(StageContext(model=workload.model, layout=layout, stage=s, adapters=adapters) for s in range(layout.pp))
+    return tuple(
+        StageContext(model=workload.model, layout=layout, stage=s, adapters=adapters) for s in range(layout.pp)
+    )

@@ -1,9 +1,9 @@
-"""Fusing tasks into hTasks: the contiguous-partition DP of MuxTune Eq. 6, its exact form for the surrogate, greedy merging."""
+"""Fusing tasks into hTasks: the contiguous DP of MuxTune Eq. 6, its exact form for the surrogate, greedy merging."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 
 from muxtune.policies.surrogate import Objective, Partition, value_ns
 
@@ -14,8 +14,8 @@ GroupCost = Callable[[int, int], int]
 def paper_partition(objective: Objective, order: Sequence[str]) -> Partition:
     """Eq. 6: F(m, n) = min_i F(i, n−1) + L(H_{i+1..m}) / S, F(m, 1) = L(H_{1..m}); the best F(M, N) over N.
 
-    Latencies are scaled by S to stay integer. Ties go to fewer hTasks, then to the smallest i. Every single task must be
-    admitted by the objective.
+    Latencies are scaled by S to stay integer. Ties go to fewer hTasks, then to the smallest i. Every single task must
+    be admitted by the objective.
     """
     admitted = _admitted(objective, order)
 
@@ -29,7 +29,9 @@ def paper_partition(objective: Objective, order: Sequence[str]) -> Partition:
     for n in range(1, count):
         row: dict[int, tuple[int, int]] = {}
         for m in range(n + 1, count + 1):
-            choices = [(rows[-1][i][0] + latency_ns(i, m), i) for i in range(n, m) if i in rows[-1] and (i, m) in admitted]
+            choices = [
+                (rows[-1][i][0] + latency_ns(i, m), i) for i in range(n, m) if i in rows[-1] and (i, m) in admitted
+            ]
             if choices:
                 row[m] = min(choices)
         rows.append(row)
@@ -61,8 +63,8 @@ def exact_partition(objective: Objective, order: Sequence[str]) -> Partition:
 
 
 def greedy_partition(objective: Objective, tasks: Sequence[str]) -> Partition:
-    """From one hTask per task, merge the pair that lowers the surrogate most until none does; ties to the earliest pair."""
-    groups = [(t,) for t in tasks]
+    """From one hTask a task, merge the pair that lowers the surrogate most until none does; ties go to the first."""
+    groups: list[tuple[str, ...]] = [(t,) for t in tasks]
     value = value_ns(objective, groups)
     while True:
         choices = []
@@ -86,7 +88,9 @@ def _admitted(objective: Objective, order: Sequence[str]) -> dict[tuple[int, int
     return {(i, j): None for i, j in pairs if objective.admits(tuple(order[i:j]))}
 
 
-def _cheapest(count: int, allowed: Sequence[tuple[int, int]], cost: dict[tuple[int, int], int]) -> tuple[int, list[int]] | None:
+def _cheapest(
+    count: int, allowed: Sequence[tuple[int, int]], cost: dict[tuple[int, int], int]
+) -> tuple[int, list[int]] | None:
     """(least sum, cuts from the end) of a packing of 0..count into allowed groups; None if there is none."""
     best: dict[int, tuple[int, int, int]] = {0: (0, 0, 0)}  # m → (sum, hTasks, i)
     for i, j in sorted(allowed):
@@ -104,4 +108,4 @@ def _cheapest(count: int, allowed: Sequence[tuple[int, int]], cost: dict[tuple[i
 def _groups(order: Sequence[str], cuts: Sequence[int]) -> Partition:
     """Groups between cuts that run from the end down to 0."""
     ascending = sorted(cuts)
-    return tuple(tuple(order[i:j]) for i, j in zip(ascending, ascending[1:], strict=False))
+    return tuple(tuple(order[i:j]) for i, j in pairwise(ascending))

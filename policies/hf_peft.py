@@ -8,7 +8,7 @@ from muxtune.spec.plan import Plan
 
 
 class HfPeft(Policy):
-    """Every task has its own resident backbone, its own micro-batches and a pipeline that is flushed before the next task."""
+    """Every task has its own resident backbone and micro-batches; the pipeline is flushed before the next task."""
 
     def plan(self, state: SystemState) -> Plan:
         """One instance a task.

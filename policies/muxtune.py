@@ -56,7 +56,9 @@ class MuxTune(Policy):
         groups = self._fuse(surrogate)
         solver = SolverRecord(
             name="contiguous-dp" if self.config.fusion else "no-fusion",
-            status=f"exact for its recurrence (charge {self.config.charge})" if self.config.fusion else "nothing to solve",
+            status=f"exact for its recurrence (charge {self.config.charge})"
+            if self.config.fusion
+            else "nothing to solve",
             value_ns=value_ns(surrogate, groups),
             evaluations=surrogate.priced,
         )

@@ -1,7 +1,7 @@
 """Stage latency of an hTask (MuxTune Eq. 3): frozen operators on all tokens plus each task's adapters on its own.
 
-Equal to `stage_latency_ns` of the batch, but layers are priced once and sums are shared between hTasks, so that a planner
-can price thousands of them.
+Equal to `stage_latency_ns` of the batch, but layers are priced once and sums are shared between hTasks, so that a
+planner can price thousands of them.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def thin_context(context: StageContext, layers: int) -> StageContext:
     return replace(context, layout=replace(context.layout, layers_per_stage=(layers,) * context.layout.pp))
 
 
-def _kind(context: StageContext) -> tuple[bool, bool]:
+def stage_kind(context: StageContext) -> tuple[bool, bool]:
     """Stages of one kind (first, last, both, neither) differ in their number of layers only."""
     return context.layout.is_first(context.stage), context.layout.is_last(context.stage)
 
@@ -67,7 +67,9 @@ def _kind(context: StageContext) -> tuple[bool, bool]:
 class StageLatency:
     """Prices micro-batches on every stage of a layout; every partial sum is remembered."""
 
-    def __init__(self, cost: CostModel, device: DeviceSpec, workload: Workload, contexts: Sequence[StageContext]) -> None:
+    def __init__(
+        self, cost: CostModel, device: DeviceSpec, workload: Workload, contexts: Sequence[StageContext]
+    ) -> None:
         self.cost, self.device, self.element_bytes = cost, device, workload.model.element_bytes
         layout = contexts[0].layout
         self.layout = layout
@@ -98,11 +100,11 @@ class StageLatency:
         """Backbone, launches and collectives on each stage; `lead` adapts the hTask's earliest BaseOp."""
         key = (tokens, runs, self.first_target[lead], direction)
         if key not in self.frozen:
-            kinds = {_kind(c): c for c in self.thin}
+            kinds = {stage_kind(c): c for c in self.thin}
             one = {kind: self._frozen_sum(c, lead, tokens, runs, direction) for kind, c in kinds.items()}
-            layer = self._frozen_sum(self.two_layers, lead, tokens, runs, direction) - one[_kind(self.two_layers)]
+            layer = self._frozen_sum(self.two_layers, lead, tokens, runs, direction) - one[stage_kind(self.two_layers)]
             counts = zip(self.thin, self.layout.layers_per_stage, strict=True)
-            self.frozen[key] = tuple(one[_kind(c)] + (layers - 1) * layer for c, layers in counts)
+            self.frozen[key] = tuple(one[stage_kind(c)] + (layers - 1) * layer for c, layers in counts)
         return self.frozen[key]
 
     def _frozen_sum(self, context: StageContext, lead: str, tokens: int, runs: Runs, direction: Direction) -> int:

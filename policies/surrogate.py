@@ -1,20 +1,19 @@
 """Surrogate of a plan: W + Σ_Q 2C·max_s L^s(Q) over its hTasks Q, W = the largest 2·Σ_{s<S} L^s(Q) (MuxTune Eq. 3-4).
 
 L^s is the mean of an hTask's forward and backward latency on stage s, so that 2·L^s is the time of one clock pair. The
-largest micro-batch stands for all C. Collectives count as exposed: what a bucket hides of them is left to the simulator.
+largest micro-batch stands for all C. Collectives count as exposed: what a bucket hides is left to the simulator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from muxtune.policies.base import SystemState
 from muxtune.policies.build import mean_length, microbatch_samples, stage_contexts
-from muxtune.policies.stage_latency import Shape, StageLatency, thin_context
+from muxtune.policies.stage_latency import Shape, StageLatency, stage_kind, thin_context
 from muxtune.sim.cost.base import CostModel
-from muxtune.spec.align import Alignment
-from muxtune.spec.catalogue import StageContext
+from muxtune.spec.align import Alignment, Batch
 from muxtune.spec.errors import ExtrapolationError, InfeasibleError
 from muxtune.spec.memory import adapter_bytes, backbone_bytes, held_bytes, working_bytes
 from muxtune.spec.noun import noun
@@ -75,7 +74,8 @@ class Surrogate:
     def __init__(self, cost: CostModel, state: SystemState, alignment: Alignment) -> None:
         self.state, self.alignment = state, alignment
         self.contexts = stage_contexts(state.workload, state.layout)
-        self.thin = tuple((thin_context(c, 1), thin_context(c, 2)) for c in self.contexts)
+        kinds = {stage_kind(c): c for c in self.contexts}
+        self.thin = {kind: (thin_context(c, 1), thin_context(c, 2)) for kind, c in kinds.items()}
         self.latency = StageLatency(cost, state.cluster.device, state.workload, self.contexts)
         self.tasks = {t.task_id: t for t in state.workload.tasks}
         self.mean_tokens = {t: mean_length(state.workload, t) for t in self.tasks} if alignment == "varlen" else {}
@@ -124,20 +124,20 @@ class Surrogate:
     def _price(self, shape: Shape, longest_case: Shape) -> MicrobatchCost:
         batch, model = longest_case.token_batch(), self.state.workload.model
         message_bytes = batch.tokens * model.hidden * model.element_bytes
-        received = (0,) + (message_bytes,) * (self.stages - 1)
         return MicrobatchCost(
             forward_ns=self.latency.latency_ns(shape, "forward"),
             backward_ns=self.latency.latency_ns(shape, "backward"),
-            held_bytes=tuple(self._held(longest_case, s) + received[s] for s in range(self.stages)),
+            held_bytes=tuple(h + (message_bytes if s else 0) for s, h in enumerate(self._held_bytes(batch))),
             working_bytes=tuple(working_bytes(c, batch) for c in self.contexts),
             message_bytes=message_bytes,
         )
 
-    def _held(self, shape: Shape, stage: int) -> int:
-        """Held bytes grow by the same amount with each layer of a stage after the first."""
-        batch = shape.token_batch()
-        one, two = (held_bytes(c, batch) for c in self.thin[stage])
-        return one + (self.state.layout.layers_per_stage[stage] - 1) * (two - one)
+    def _held_bytes(self, batch: Batch) -> Iterator[int]:
+        """Activations on each stage; each layer after a stage's first adds the same amount."""
+        thin = {kind: tuple(held_bytes(c, batch) for c in contexts) for kind, contexts in self.thin.items()}
+        for context, layers in zip(self.contexts, self.state.layout.layers_per_stage, strict=True):
+            one, two = thin[stage_kind(context)]
+            yield one + (layers - 1) * (two - one)
 
     def _largest(self, tasks: tuple[str, ...]) -> MicrobatchCost:
         found = self.microbatch(tasks)
@@ -193,7 +193,12 @@ class Surrogate:
                 needed = self.peak_bytes((task_id,), stage)
                 if needed > self.memory_bytes:
                     raise InfeasibleError(
-                        f"task {task_id} does not fit as an hTask of its own: rank {stage * self.state.layout.tp} needs "
-                        f"{format_bytes(needed)} ({format_bytes(self.static_bytes[stage])} of them static), "
-                        f"{self.state.cluster.device.name} has {format_bytes(self.memory_bytes)}"
+                        f"task {task_id} does not fit as an hTask of its own: {self._short(stage, needed)}"
                     )
+
+    def _short(self, stage: int, needed: int) -> str:
+        return (
+            f"rank {stage * self.state.layout.tp} needs {format_bytes(needed)} "
+            f"({format_bytes(self.static_bytes[stage])} of them static), "
+            f"{self.state.cluster.device.name} has {format_bytes(self.memory_bytes)}"
+        )

@@ -1,4 +1,4 @@
-"""Buckets and pipeline template (MuxTune §3.4, Eq. 7, and §3.4.1): balance hTasks, largest bucket first, launch eagerly."""
+"""Buckets and pipeline template (MuxTune §3.4, Eq. 7, §3.4.1): balance hTasks, largest first, launch eagerly."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def schedule(surrogate: Surrogate, groups: Partition) -> Schedule:
 
 
 def eager_template(surrogate: Surrogate, groups: Partition, buckets: Buckets) -> Template | None:
-    """The eager order of buckets (units of a bucket consecutive) and its makespan; None where one unit alone does not fit."""
+    """The eager order of buckets, a bucket's units consecutive, and its makespan; None if a unit alone does not fit."""
     units = _unit_costs(surrogate, groups, buckets)
     stages = range(surrogate.stages)
     held = {(s, k): sum(x.held_bytes[s] for x in v) for k, v in units.items() for s in stages}
@@ -95,7 +95,9 @@ def eager_template(surrogate: Surrogate, groups: Partition, buckets: Buckets) ->
     )
 
 
-def _unit_costs(surrogate: Surrogate, groups: Partition, buckets: Buckets) -> dict[OrderKey, tuple[MicrobatchCost, ...]]:
+def _unit_costs(
+    surrogate: Surrogate, groups: Partition, buckets: Buckets
+) -> dict[OrderKey, tuple[MicrobatchCost, ...]]:
     """The micro-batches of each unit, bucket after bucket; units without samples are left out."""
     units: dict[OrderKey, tuple[MicrobatchCost, ...]] = {}
     for b, bucket in enumerate(buckets):

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from muxtune.sim.cost.base import Cost, CostModel, CostSum
-from muxtune.sim.stage import Ledger, Site, StageCache, StageRun, batch_shape
+from muxtune.sim.ledger import Ledger
+from muxtune.sim.stage import Site, StageCache, StageRun, batch_shape
 from muxtune.spec.catalogue import adapter_sizes
 from muxtune.spec.cluster import DeviceSpec, Link
 from muxtune.spec.errors import PlanError
@@ -14,7 +15,7 @@ from muxtune.spec.memory import stage_context
 from muxtune.spec.noun import noun
 from muxtune.spec.ops import Op, adamw, host, message
 from muxtune.spec.plan import Launch, Plan
-from muxtune.spec.program import Bound, Instruction, OpName, UnitKey
+from muxtune.spec.program import Bound, Instruction, OpName, RankProgram, UnitKey
 
 #: The gradient norm that the ranks of an instance sum before a step: one fp32.
 NORM_BYTES = 4
@@ -22,7 +23,7 @@ NORM_BYTES = 4
 
 @noun
 class Priced:
-    """One instruction. `duration_ns` leaves out waiting; send and recv name a `channel`, step a `meeting` (by place)."""
+    """One instruction. `duration_ns` leaves out waiting; send and recv name a `channel`, a step its `meeting`."""
 
     op: OpName
     duration_ns: int
@@ -131,3 +132,111 @@ class _Pricing:
         if x.op == "step":
             return self._step(rank, x)
         return self._clock(rank, x)
+
+    def _clock(self, rank: int, x: Instruction) -> Priced:
+        """A forward or backward: the instruction's own host work, then the stage's clock."""
+        assert x.op in ("forward", "backward")
+        stage = self._stage(rank, x.key.instance)
+        site, work = self._site(x.key.instance, stage), self.works[x.key]
+        shapes = tuple(batch_shape(site.context, b) for b in work.batches)
+        key = (x.key.instance, x.key.bucket, stage, x.op, shapes)
+        if key not in self.runs:
+            self.runs[key] = self.cache.run(site, work.batches, x.op, self._launches(x, stage))
+        run = self.runs[key]
+        overhead = self.cost.latency(host("instruction", x.op), self.device)
+        self.ledger.add("instruction", overhead)
+        self.ledger.add_sum(run.costs)
+        self.host_bound_ns += run.host_bound_ns
+        self.exposed_ns += run.exposed_ns
+        return Priced(op=x.op, duration_ns=overhead.p50_ns + overhead.host_ns + run.duration_ns, run=run)
+
+    def _transfer(self, rank: int, x: Instruction) -> Priced:
+        """A send or recv: host work on the rank; the send also prices the message on its link."""
+        assert x.peer is not None
+        assert x.payload is not None
+        edge = (rank, x.peer, x.payload) if x.op == "send" else (x.peer, rank, x.payload)
+        channel = self.channels.setdefault(edge, len(self.channels))
+        if channel == len(self.transfers_ns):
+            self.transfers_ns.append([])
+        if x.op == "send":
+            self.transfers_ns[channel].append(self._message_ns(x.size_bytes, self.plan.cluster.link(rank, x.peer)))
+        return Priced(op=x.op, duration_ns=self._alone_ns(message(x.op, x.size_bytes)), channel=channel)
+
+    def _step(self, rank: int, x: Instruction) -> Priced:
+        """The optimizer step of a task: its adapters on this rank, and the gradient norm summed over the instance."""
+        assert x.task is not None
+        instance = self.plan.instances[x.key.instance]
+        site = self._site(x.key.instance, self._stage(rank, x.key.instance))
+        duration_ns = self._alone_ns(adamw(*adapter_sizes(site.context, x.task)))
+        ranks = instance.layout.tp * instance.layout.pp
+        if ranks > 1:
+            norm = message("all_reduce", NORM_BYTES, (ranks,))
+            summed = self.cost.link_latency(norm, slowest_link(self.plan, instance.devices))
+            self.ledger.add(norm.family, summed)
+            duration_ns += summed.p50_ns
+        meeting = self.meetings.setdefault((x.key, x.task), len(self.meetings))
+        if meeting == len(self.meeting_ranks):
+            self.meeting_ranks.append(0)
+        self.meeting_ranks[meeting] += 1
+        return Priced(op="step", duration_ns=duration_ns, meeting=meeting)
+
+    def _message_ns(self, size_bytes: int, link: Link) -> int:
+        found = self.messages.get((size_bytes, link))
+        if found is None:
+            found = self.messages[size_bytes, link] = self.cost.link_latency(message("p2p", size_bytes), link)
+        self.ledger.add("p2p", found)
+        return found.p50_ns
+
+    def _alone_ns(self, op: Op) -> int:
+        """Time of an operator with nothing beside it."""
+        found = self.cost.latency(op, self.device)
+        self.ledger.add(op.family, found)
+        return alone_ns(found, self.device)
+
+    def _stage(self, rank: int, instance: int) -> int:
+        found = self.plan.instances[instance]
+        return found.layout.stage_of(found.devices.index(rank))
+
+    def _site(self, instance: int, stage: int) -> Site:
+        if (instance, stage) not in self.sites:
+            context = stage_context(self.plan, instance, stage)
+            found = self.plan.instances[instance]
+            group = [d for i, d in enumerate(found.devices) if found.layout.stage_of(i) == stage]
+            link = slowest_link(self.plan, group) if len(group) > 1 else None
+            self.sites[instance, stage] = Site(context=context, device=self.device, link=link)
+        return self.sites[instance, stage]
+
+    def _launches(self, x: Instruction, stage: int) -> tuple[Launch, ...]:
+        place = (x.key.instance, x.key.bucket, stage, x.op)
+        if place not in self.launches:
+            raise PlanError(
+                f"instance {place[0]}: bucket {place[1]} has no {x.op} launch list for stage {stage}: add one"
+            )
+        return self.launches[place]  # type: ignore[index]
+
+
+def alone_ns(cost: Cost, device: DeviceSpec) -> int:
+    """Time of one operator with nothing beside it: host and device one after the other on a CPU, side by side else."""
+    return cost.p50_ns + cost.host_ns if device.is_cpu else max(cost.p50_ns, cost.host_ns)
+
+
+def slowest_link(plan: Plan, devices: Sequence[int]) -> Link:
+    """The link between two of the devices that a ring over them waits for: least bandwidth, then most latency."""
+    links = [plan.cluster.link(a, b) for a in devices for b in devices if a != b]
+    return min(links, key=lambda x: (x.bandwidth_bytes_per_s, -x.latency_ns))
+
+
+def _require_one_order(ranks: Sequence[RankProgram]) -> None:
+    """Channels are FIFO: both ends must name the same messages in the same order."""
+    tags: dict[tuple[int, int, str], dict[str, list[int | None]]] = {}
+    for listing in ranks:
+        for x in listing.instructions:
+            if x.op in ("send", "recv"):
+                assert x.peer is not None
+                edge = (listing.rank, x.peer) if x.op == "send" else (x.peer, listing.rank)
+                tags.setdefault((*edge, str(x.payload)), {"send": [], "recv": []})[x.op].append(x.tag)
+    for (source, target, payload), ends in tags.items():
+        if ends["send"] != ends["recv"]:
+            raise PlanError(
+                f"channel {source}→{target} ({payload}): messages are not received in the order they are sent"
+            )

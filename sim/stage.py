@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from muxtune.sim.cost.base import Cost, CostModel, CostSum
 from muxtune.sim.des import Environment, Event, Store
+from muxtune.sim.ledger import Ledger
 from muxtune.spec.align import Batch
 from muxtune.spec.catalogue import StageContext, subgraph_ops
 from muxtune.spec.cluster import DeviceSpec, Link
@@ -32,6 +33,7 @@ class Block:
     The host is taken for `host_ns` and has issued the first kernel after `first_ns`. Each kernel follows the one before
     it, not earlier than its own issue: with stream and dependency free at s and the host at h, the subgraph runs from
     max(s, h + first_ns) to max(s + device_ns, h + tail_ns). On a CPU all of it is device time (host ≡ compute).
+    A launch without operators still takes its turn on the stream.
     `stream` is where it is shown, `resource` what it occupies.
     """
 
@@ -61,8 +63,8 @@ class StageSpan:
 class StageRun:
     """One clock of one stage: its spans in launch order, and its costs summed.
 
-    `host_bound_ns`: compute stream time lost to waiting for the host. `exposed_ns`: communication that no compute hides.
-    `events` is the number of simulated events (0 from the closed form).
+    `host_bound_ns` is compute stream time lost by waiting for the host, `exposed_ns` communication under no compute,
+    `events` the number of simulated events (0 from the closed form).
     """
 
     duration_ns: int
@@ -75,7 +77,7 @@ class StageRun:
 
 @noun
 class Site:
-    """Where a stage runs: its operators' context, the device, and the slowest link between its tp ranks (None for one)."""
+    """Where a stage runs: its operators' context, device, and the slowest link between its tp ranks (None for one)."""
 
     context: StageContext
     device: DeviceSpec
@@ -84,42 +86,6 @@ class Site:
 
 #: Blocks in launch order → (their spans in the same order, simulated events).
 StageEngine = Callable[[Sequence[Block]], tuple[tuple[StageSpan, ...], int]]
-
-
-class Ledger:
-    """Adds up costs. Errors within a family share a cause and add linearly; joules and extrapolated time just add."""
-
-    def __init__(self) -> None:
-        self.p50_ns = self.host_ns = self.extrapolated_ns = 0
-        self.joules = 0.0
-        self.error_ns: dict[str, float] = {}
-
-    def add(self, family: str, price: Cost) -> None:
-        """One operator."""
-        self.p50_ns += price.p50_ns
-        self.host_ns += price.host_ns
-        self.extrapolated_ns += price.p50_ns if price.extrapolated else 0
-        self.joules += price.joules
-        self.error_ns[family] = self.error_ns.get(family, 0.0) + price.relative_error * (price.p50_ns + price.host_ns)
-
-    def add_sum(self, costs: CostSum) -> None:
-        """A sum of operators."""
-        self.p50_ns += costs.p50_ns
-        self.host_ns += costs.host_ns
-        self.extrapolated_ns += costs.extrapolated_ns
-        self.joules += costs.joules
-        for family, error_ns in costs.error_ns:
-            self.error_ns[family] = self.error_ns.get(family, 0.0) + error_ns
-
-    def sum(self) -> CostSum:
-        """What was added so far."""
-        return CostSum(
-            p50_ns=self.p50_ns,
-            host_ns=self.host_ns,
-            extrapolated_ns=self.extrapolated_ns,
-            joules=self.joules,
-            error_ns=tuple(sorted(self.error_ns.items())),
-        )
 
 
 def stage_run(
@@ -179,7 +145,7 @@ def _price(cost: CostModel, site: Site, op: Op) -> Cost:
 
 
 def span_of(block: Block, host_ns: int, free_ns: int, ready_ns: int) -> StageSpan:
-    """The span of a block whose launch the host begins at `host_ns`, on a stream free and a dependency done as given."""
+    """The span of a block that the host begins to launch at `host_ns`, its stream free and input ready as given."""
     device_free_ns = max(free_ns, ready_ns)
     end_ns = max(device_free_ns + block.device_ns, host_ns + block.tail_ns)
     return StageSpan(

@@ -30,12 +30,16 @@ def bind_draw(plan: Plan, draw: Draw, first_step: int = 0) -> Bound:
     tags = _Tags()
     for index, instance in enumerate(plan.instances):
         if draw.steps % instance.steps:
-            raise PlanError(f"instance {instance.name}: its order covers {instance.steps} steps, which does not divide {draw.steps}")
+            raise PlanError(
+                f"instance {instance.name}: its order covers {instance.steps} steps, which does not divide {draw.steps}"
+            )
     for step in range(draw.steps):
         for index, instance in enumerate(plan.instances):
             if step % instance.steps:
                 continue
-            works = {w.key: w for s in range(instance.steps) for w in _unit_works(plan, draw, index, step + s, first_step)}
+            works = {
+                w.key: w for s in range(instance.steps) for w in _unit_works(plan, draw, index, step + s, first_step)
+            }
             units += works.values()
             for rank, device in enumerate(instance.devices):
                 lists[device] += _rank_instructions(plan, index, rank, step, works, tags)
@@ -87,13 +91,13 @@ def _batch(plan: Plan, draw: Draw, instance: Instance, bucket: Bucket, unit: int
 
 
 class _Tags:
-    """Hands out one message number for each (unit, boundary, payload), whichever end asks first."""
+    """Hands out one message number for each (unit, boundary, payload, tp and dp lane), whichever end asks first."""
 
     def __init__(self) -> None:
-        self.numbers: dict[tuple[UnitKey, int, str], int] = {}
+        self.numbers: dict[tuple[UnitKey, int, str, int], int] = {}
 
-    def of(self, key: UnitKey, boundary: int, payload: str) -> int:
-        return self.numbers.setdefault((key, boundary, payload), len(self.numbers) + 1)
+    def of(self, key: UnitKey, boundary: int, payload: str, lane: int) -> int:
+        return self.numbers.setdefault((key, boundary, payload, lane), len(self.numbers) + 1)
 
 
 def _rank_instructions(
@@ -117,7 +121,7 @@ def _rank_instructions(
             if side == 0:
                 yield Instruction(op=action.op, key=key)
             elif side in ends:
-                tag = tags.of(key, min(stage, stage + side), payload)
+                tag = tags.of(key, min(stage, stage + side), payload, layout.rank_at(rank, 0))
                 yield Instruction(op=op, key=key, peer=ends[side], tag=tag, payload=payload, size_bytes=size_bytes)  # type: ignore[arg-type]
 
 
@@ -126,7 +130,9 @@ def serial_launches(instance: Instance, bucket: Bucket, stage: int) -> Iterator[
     for direction in ("forward", "backward"):
         subgraphs = stage_subgraphs(instance.layout, stage, direction)  # type: ignore[arg-type]
         launches = tuple(
-            Launch(htask=h, subgraph=s.index, stream="comm" if s.kind == "collective" else "compute") for h in bucket.htasks for s in subgraphs
+            Launch(htask=h, subgraph=s.index, stream="comm" if s.kind == "collective" else "compute")
+            for h in bucket.htasks
+            for s in subgraphs
         )
         yield LaunchList(stage=stage, direction=direction, launches=launches)  # type: ignore[arg-type]
 

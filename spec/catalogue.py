@@ -98,7 +98,12 @@ def piece_ops(context: StageContext, piece: Piece, batch: Batch) -> Iterator[tup
     model, tokens, dtype, e = context.model, batch.tokens, context.model.dtype, context.model.element_bytes
     first_layer = context.layout.layers_of(context.stage)[0]
     if piece.name == "embed":
-        yield ops.pointwise("embedding", tokens, (model.vocab // context.layout.tp, model.hidden), 2, 0, "forward", dtype, e), False
+        yield (
+            ops.pointwise(
+                "embedding", tokens, (model.vocab // context.layout.tp, model.hidden), 2, 0, "forward", dtype, e
+            ),
+            False,
+        )
     elif piece.name in ("norm1", "norm2", "final_norm"):
         if not (piece.name == "norm1" and piece.layer == first_layer):
             yield _residual(model, tokens), False
@@ -207,7 +212,9 @@ def _turn(op: Op, direction: Direction) -> Op:
     )
 
 
-def subgraph_ops(context: StageContext, batch: Batch, direction: Literal["forward", "backward"]) -> tuple[tuple[Op, ...], ...]:
+def subgraph_ops(
+    context: StageContext, batch: Batch, direction: Literal["forward", "backward"]
+) -> tuple[tuple[Op, ...], ...]:
     """Operators of each subgraph of a stage, in the order of `stage_subgraphs`; a collective is one all_reduce."""
     by_piece = {piece: (fwd, bwd) for piece, fwd, bwd in stage_ops(context, batch)}
     index = 0 if direction == "forward" else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 
@@ -10,7 +11,7 @@ from muxtune.spec.catalogue import stage_subgraphs
 from muxtune.spec.errors import PlanError
 from muxtune.spec.memory import rank_peaks
 from muxtune.spec.plan import Instance, Plan
-from muxtune.spec.program import Bound, Program
+from muxtune.spec.program import Bound, Instruction, Program
 from muxtune.spec.units import format_bytes
 
 
@@ -19,7 +20,7 @@ def check(plan: Plan, seed: int = 0) -> tuple[str, ...]:
     problems = [*_tasks(plan), *(p for i in plan.instances for p in _instance(plan, i))]
     if problems:
         return tuple(problems)
-    bound = bind(plan, seed=seed, steps=max(i.steps for i in plan.instances))
+    bound = bind(plan, seed=seed, steps=math.lcm(*(i.steps for i in plan.instances)))
     return (*check_program(bound.program), *check_memory(bound))
 
 
@@ -118,6 +119,8 @@ def _orders(instance: Instance) -> Iterator[str]:
         for (op, b, u, s), count in sorted(seen.items()):
             if count > 1 or (op, b, u, s) not in wanted:
                 yield f"{name}: stage {order.stage} runs the {op} of unit {u} of bucket {b} (step {s}) {count} times"
+        for task in sorted({a.task for a in order.actions if a.op == "step"} - set(instance.tasks)):
+            yield f"{name}: stage {order.stage} steps task {task}, which the instance does not hold"
         yield from _order_in_time(instance, order.stage)
 
 
@@ -142,7 +145,12 @@ def _order_in_time(instance: Instance, stage: int) -> Iterator[str]:
 
 
 def _unit_places(instance: Instance, actions: tuple[object, ...], task: str, step: int) -> list[int]:
-    holds = {(b, u) for b, bucket in enumerate(instance.buckets) for u, unit in enumerate(bucket.units) if any(p.task == task for p in unit.parts)}
+    holds = {
+        (b, u)
+        for b, bucket in enumerate(instance.buckets)
+        for u, unit in enumerate(bucket.units)
+        if any(p.task == task for p in unit.parts)
+    }
     return [i for i, a in enumerate(actions) if a.op != "step" and a.step == step and (a.bucket, a.unit) in holds]  # type: ignore[attr-defined]
 
 
@@ -179,7 +187,9 @@ def check_program(program: Program) -> tuple[str, ...]:
         if other is None:
             problems.append(f"the {op} with tag {tag} on rank {places[0][0]} has no counterpart")
         elif (other[0][0], other[0][1]) != (places[0][1], places[0][0]):
-            problems.append(f"tag {tag}: rank {places[0][0]} {op}s with rank {places[0][1]}, the other end is rank {other[0][0]}")
+            problems.append(
+                f"tag {tag}: rank {places[0][0]} {op}s with rank {places[0][1]}, the other end is rank {other[0][0]}"
+            )
     if problems:
         return tuple(problems)
     return (*_channel_order(program), *_cycle(program))
@@ -203,6 +213,11 @@ def _cycle(program: Program) -> Iterator[str]:
     """Run the instruction lists with nothing but their dependencies; what cannot finish waits in a cycle, which is named."""
     position = {listing.rank: 0 for listing in program.ranks}
     lists = {listing.rank: listing.instructions for listing in program.ranks}
+    meetings: dict[Instruction, list[tuple[int, int]]] = {}
+    for rank, instructions in lists.items():
+        for index, x in enumerate(instructions):
+            if x.op == "step":
+                meetings.setdefault(x, []).append((rank, index))
     sent: set[int] = set()
     moved = True
     while moved:
@@ -212,7 +227,8 @@ def _cycle(program: Program) -> Iterator[str]:
                 x = instructions[position[rank]]
                 if x.op == "recv" and x.tag not in sent:
                     break
-                if x.op == "step" and not _step_ready(lists, position, rank):
+                # A step is a meeting of the instance's ranks (the gradient norm is summed): all must have reached it.
+                if x.op == "step" and any(position[other] < index for other, index in meetings[x]):
                     break
                 if x.op == "send":
                     assert x.tag is not None
@@ -221,19 +237,11 @@ def _cycle(program: Program) -> Iterator[str]:
                 moved = True
     stuck = {r: lists[r][p] for r, p in position.items() if p < len(lists[r])}
     if stuck:
-        waits = ", ".join(f"rank {r} waits at instruction {position[r]} ({x.op} {x.payload or x.task} of {x.key.bucket}.{x.key.unit})" for r, x in stuck.items())
+        waits = ", ".join(
+            f"rank {r} waits at instruction {position[r]} ({x.op} {x.payload or x.task} of {x.key.bucket}.{x.key.unit})"
+            for r, x in stuck.items()
+        )
         yield f"the order deadlocks: {waits}"
-
-
-def _step_ready(lists: dict[int, tuple[object, ...]], position: dict[int, int], rank: int) -> bool:
-    """A step is a meeting of the instance's ranks (the gradient norm is summed): all must have reached it."""
-    mine = lists[rank][position[rank]]
-    for other, instructions in lists.items():
-        if other == rank or mine not in instructions:
-            continue
-        if instructions.index(mine) > position[other]:
-            return False
-    return True
 
 
 def check_memory(bound: Bound) -> tuple[str, ...]:
@@ -244,7 +252,9 @@ def check_memory(bound: Bound) -> tuple[str, ...]:
     for peak in rank_peaks(bound):
         if peak.peak_bytes > limit:
             at = lists[peak.rank][peak.instruction] if peak.instruction >= 0 else None
-            moment = f"during {at.op} of bucket {at.key.bucket} unit {at.key.unit}" if at else "before the first instruction"
+            moment = (
+                f"during {at.op} of bucket {at.key.bucket} unit {at.key.unit}" if at else "before the first instruction"
+            )
             problems.append(
                 f"rank {peak.rank} does not fit: needs {format_bytes(peak.peak_bytes)} {moment} "
                 f"({format_bytes(peak.static_bytes)} of them static), {bound.plan.cluster.device.name} has {format_bytes(limit)}"

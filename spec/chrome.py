@@ -19,7 +19,9 @@ def chrome_trace(timelines: Sequence[tuple[str, Timeline]]) -> dict[str, Any]:
         events += (_event(pid, span) for span in timeline.spans)
         for sample in timeline.memory:
             args = {"bytes": sample.in_use_bytes}
-            events.append({"ph": "C", "pid": pid, "name": f"memory rank {sample.rank}", "ts": sample.time_ns / 1000, "args": args})
+            events.append(
+                {"ph": "C", "pid": pid, "name": f"memory rank {sample.rank}", "ts": sample.time_ns / 1000, "args": args}
+            )
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
@@ -36,7 +38,13 @@ def _thread_names(pid: int, timeline: Timeline) -> Iterator[dict[str, Any]]:
 def _event(pid: int, span: Span) -> dict[str, Any]:
     key = span.key
     unit = f" i{key.instance} b{key.bucket} u{key.unit}" if key.unit >= 0 else ""
-    args = {"tasks": ", ".join(span.tasks), "step": key.step, "instance": key.instance, "bucket": key.bucket, "unit": key.unit}
+    args = {
+        "tasks": ", ".join(span.tasks),
+        "step": key.step,
+        "instance": key.instance,
+        "bucket": key.bucket,
+        "unit": key.unit,
+    }
     return {
         "ph": "X",
         "pid": pid,

@@ -132,7 +132,9 @@ def parse_cluster(name: str) -> Cluster:
     """
     match = re.fullmatch(r"(?:(?:(\d+)x)?(\d+)x)?([A-Za-z][A-Za-z0-9]*)(?:-([a-z]+))?", name)
     if not match:
-        raise InputError(f"cluster {name!r}: expected [NODESx]GPUSxDEVICE[-LINK], such as 4xA40-nvlink, 8x2xA40-ib, 1xH100, cpu")
+        raise InputError(
+            f"cluster {name!r}: expected [NODESx]GPUSxDEVICE[-LINK], such as 4xA40-nvlink, 8x2xA40-ib, 1xH100, cpu"
+        )
     nodes, gpus, device_name, link_name = match.groups()
     devices = {k.lower(): v for k, v in device_presets().items()}
     if device_name.lower() not in devices:

@@ -50,7 +50,11 @@ def draw_samples(workload: Workload, seed: int, steps: int = 1, first_step: int 
 
     Each (seed, task, step) has its own random stream, so a task draws the same samples whoever its neighbours are.
     """
-    entries = [_draw_task(workload, task, seed, step) for step in range(first_step, first_step + steps) for task in workload.tasks]
+    entries = [
+        _draw_task(workload, task, seed, step)
+        for step in range(first_step, first_step + steps)
+        for task in workload.tasks
+    ]
     return Draw(seed=seed, steps=steps, entries=tuple(entries))
 
 
@@ -60,7 +64,10 @@ def _draw_task(workload: Workload, task: Task, seed: int, step: int) -> TaskDraw
     lengths = workload.lengths(task)
     ids = rng.integers(0, lengths.samples, task.global_batch_samples)
     prompt, response = lengths.lengths(ids)
-    samples = tuple(Sample(sample=int(i), prompt_tokens=int(p), response_tokens=int(r)) for i, p, r in zip(ids, prompt, response, strict=True))
+    samples = tuple(
+        Sample(sample=int(i), prompt_tokens=int(p), response_tokens=int(r))
+        for i, p, r in zip(ids, prompt, response, strict=True)
+    )
     return TaskDraw(task=task.task_id, step=step, samples=samples)
 
 
@@ -69,5 +76,10 @@ def align_sample(task: Task, slot: int, sample: Sample, alignment: Alignment, lo
     prompt, response = truncate(sample.prompt_tokens, sample.response_tokens, task.billed_len_tokens)
     length = aligned_length(alignment, prompt + response, longest_billed_tokens)
     return Row(
-        task=task.task_id, slot=slot, sample=sample.sample, prompt_tokens=prompt, response_tokens=response, length_tokens=length
+        task=task.task_id,
+        slot=slot,
+        sample=sample.sample,
+        prompt_tokens=prompt,
+        response_tokens=response,
+        length_tokens=length,
     )

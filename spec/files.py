@@ -23,11 +23,26 @@ class _Loader(yaml.SafeLoader):
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(k, deep=True) for k, _ in node.value]  # type: ignore[no-untyped-call]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise InputError(f"line {node.start_mark.line + 1}: key {key!r} occurs twice: remove one")
-    return dict(loader.construct_pairs(node, deep=True))  # type: ignore[no-untyped-call]
+    found: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        line = key_node.start_mark.line + 1
+        if isinstance(key, (list, dict)):
+            raise InputError(f"line {line}: key {key!r} is no text: write a plain key")
+        if key in found:
+            raise InputError(f"line {line}: key {key!r} occurs twice: remove one")
+        found[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object without repeated keys (Python's reader keeps the last one in silence)."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise InputError(f"key {key!r} occurs twice: remove one")
+        found[key] = value
+    return found
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -38,7 +53,9 @@ for _tag, _pattern, _first in (
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
     ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), [*_first, ""] if _tag == "null" else list(_first))
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), [*_first, ""] if _tag == "null" else list(_first)
+    )
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 _Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
 
@@ -56,7 +73,9 @@ def read_data(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     try:
-        return json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
+        return (
+            json.loads(text, object_pairs_hook=_object) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
+        )
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: line {error.lineno}: malformed JSON: {error.msg}") from error
     except InputError as error:
@@ -64,7 +83,10 @@ def read_data(path: Path) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
-        raise InputError(f"{path}: {line}malformed YAML: {getattr(error, 'problem', error)}") from error
+        reason = " ".join(str(getattr(error, "problem", error)).split())
+        raise InputError(f"{path}: {line}malformed YAML: {reason}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: holds a value that cannot be read: {error}") from error
 
 
 @cache

@@ -21,7 +21,9 @@ class Layout:
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)}: must be at least 1")
         if len(self.layers_per_stage) != self.pp or min(self.layers_per_stage, default=0) < 1:
-            raise ValueError(f"layers_per_stage={list(self.layers_per_stage)}: give each of pp={self.pp} stages at least 1 layer")
+            raise ValueError(
+                f"layers_per_stage={list(self.layers_per_stage)}: give each of pp={self.pp} stages at least 1 layer"
+            )
 
     @property
     def ranks(self) -> int:

@@ -48,7 +48,9 @@ class LengthDistribution:
             raise ValueError(f"{self.name}: quantiles_tokens has {len(table)} entries; p0..p100 are 101")
         for i in range(100):
             if table[i + 1] < table[i]:
-                raise ValueError(f"{self.name}: quantiles_tokens decreases from p{i}={table[i]} to p{i + 1}={table[i + 1]}")
+                raise ValueError(
+                    f"{self.name}: quantiles_tokens decreases from p{i}={table[i]} to p{i + 1}={table[i + 1]}"
+                )
         if table[0] < 1 or self.samples < 1 or not 0.0 <= self.response_share <= 1.0:
             raise ValueError(f"{self.name}: lengths and samples must be at least 1, response_share in [0, 1]")
 
@@ -57,7 +59,9 @@ class LengthDistribution:
             raise ValueError(f"{self.name}: prompt_tokens, response_tokens and samples must have one length")
         for i, (prompt, response) in enumerate(zip(self.prompt_tokens, self.response_tokens, strict=True)):
             if prompt < 0 or response < 0 or prompt + response < 1:
-                raise ValueError(f"{self.name}: sample {i} has {prompt} prompt and {response} response tokens; needs at least 1")
+                raise ValueError(
+                    f"{self.name}: sample {i} has {prompt} prompt and {response} response tokens; needs at least 1"
+                )
 
     def lengths(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(prompt, response) tokens of the given sample ids, each in [0, samples)."""

@@ -175,5 +175,7 @@ def rank_peaks(bound: Bound) -> tuple[RankPeak, ...]:
         for index, instruction in enumerate(listing.instructions):
             during, _ = walk.step(instruction)
             best = max(best, (during, index), key=lambda b: b[0])
-        peaks.append(RankPeak(rank=listing.rank, peak_bytes=best[0], static_bytes=walk.static_bytes, instruction=best[1]))
+        peaks.append(
+            RankPeak(rank=listing.rank, peak_bytes=best[0], static_bytes=walk.static_bytes, instruction=best[1])
+        )
     return tuple(peaks)

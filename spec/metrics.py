@@ -44,7 +44,9 @@ def task_step_ns(timeline: Timeline) -> tuple[tuple[str, int], ...]:
             first[at] = min(first.get(at, span.start_ns), span.start_ns)
             last[at] = max(last.get(at, 0), span.end_ns)
     tasks = sorted({task for task, _ in first})
-    return tuple((t, round(sum(last[k] - first[k] for k in first if k[0] == t) / sum(k[0] == t for k in first))) for t in tasks)
+    return tuple(
+        (t, round(sum(last[k] - first[k] for k in first if k[0] == t) / sum(k[0] == t for k in first))) for t in tasks
+    )
 
 
 @noun

@@ -35,8 +35,17 @@ def plain(value: Any, drop: frozenset[str] = frozenset()) -> Any:
 
 def canonical_bytes(value: Any) -> bytes:
     """UTF-8 JSON with sorted keys and without provenance: equal nouns give equal bytes."""
-    body = plain(value, frozenset({PROVENANCE}))
+    body = _whole(plain(value, frozenset({PROVENANCE})))
     return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def _whole(value: Any) -> Any:
+    """Whole floats as integers: 10 and 10.0 are equal, and a float field may hold either (a file reads back as 10.0)."""
+    if isinstance(value, dict):
+        return {k: _whole(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_whole(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def digest(value: Any) -> str:

@@ -61,12 +61,20 @@ class Op:
         return self.family, self.direction, self.dtype, self.shape
 
 
-def linear(tokens: int, features: tuple[int, int], bias: bool, direction: Direction, dtype: str, element_bytes: int) -> Op:
+def linear(
+    tokens: int, features: tuple[int, int], bias: bool, direction: Direction, dtype: str, element_bytes: int
+) -> Op:
     """y = x Wᵀ (forward) or dx = dy W (backward; the weight is frozen): 2 · tokens · in · out flops either way."""
     k, n = features
     moved = (tokens * (k + n) + k * n) * element_bytes
     return Op(
-        family="linear", direction=direction, dtype=dtype, size=(tokens,), shape=(k, n, int(bias)), flops=2 * tokens * k * n, moved_bytes=moved
+        family="linear",
+        direction=direction,
+        dtype=dtype,
+        size=(tokens,),
+        shape=(k, n, int(bias)),
+        flops=2 * tokens * k * n,
+        moved_bytes=moved,
     )
 
 
@@ -77,10 +85,20 @@ def lora(tokens: int, features: tuple[int, int], rank: int, direction: Direction
     # Backward: dh = dy B and dB = dyᵀ h (each tokens·rank·out), dA = dhᵀ x and dx = dh A (each tokens·rank·in).
     flops = {"forward": forward, "backward": 2 * forward, "weights": 2 * forward - 2 * tokens * rank * k}[direction]
     moved = (tokens * (k + 2 * n) + rank * (k + n)) * element_bytes * (1 if direction == "forward" else 2)
-    return Op(family="lora", direction=direction, dtype=dtype, size=(tokens,), shape=(k, n, rank), flops=flops, moved_bytes=moved)
+    return Op(
+        family="lora",
+        direction=direction,
+        dtype=dtype,
+        size=(tokens,),
+        shape=(k, n, rank),
+        flops=flops,
+        moved_bytes=moved,
+    )
 
 
-def attention(rows: int, length: int, heads: tuple[int, int, int], direction: Direction, dtype: str, element_bytes: int) -> Op:
+def attention(
+    rows: int, length: int, heads: tuple[int, int, int], direction: Direction, dtype: str, element_bytes: int
+) -> Op:
     """Causal attention of `rows` sequences of one length: 2 · rows · length² · heads · head_dim flops, backward 2.5×."""
     h, kv, d = heads
     forward = 2 * rows * length * length * h * d
@@ -99,7 +117,14 @@ def attention(rows: int, length: int, heads: tuple[int, int, int], direction: Di
 
 
 def pointwise(
-    family: str, tokens: int, shape: tuple[int, ...], reads_writes: int, flops_each: int, direction: Direction, dtype: str, element_bytes: int
+    family: str,
+    tokens: int,
+    shape: tuple[int, ...],
+    reads_writes: int,
+    flops_each: int,
+    direction: Direction,
+    dtype: str,
+    element_bytes: int,
 ) -> Op:
     """A bandwidth-bound operator that touches `reads_writes` vectors of width shape[0] a token."""
     width = shape[-1] if family == "embedding" else shape[0] * (shape[1] if family == "rope" else 1)
@@ -130,7 +155,15 @@ def adamw(parameters: int, tensors: int) -> Op:
 
 def message(family: str, size_bytes: int, shape: tuple[int, ...] = (), direction: Direction = "forward") -> Op:
     """A transfer of `size_bytes` (p2p, send, recv, all_reduce)."""
-    return Op(family=family, direction=direction, dtype="bytes", size=(size_bytes,), shape=shape, flops=0, moved_bytes=size_bytes)
+    return Op(
+        family=family,
+        direction=direction,
+        dtype="bytes",
+        size=(size_bytes,),
+        shape=shape,
+        flops=0,
+        moved_bytes=size_bytes,
+    )
 
 
 def host(family: str, direction: Direction = "forward", shape: tuple[int, ...] = ()) -> Op:
@@ -141,5 +174,11 @@ def host(family: str, direction: Direction = "forward", shape: tuple[int, ...] =
 def overhead(tokens: int, hidden: int, ffn_hidden: int, direction: Direction, dtype: str) -> Op:
     """What a decoder layer costs beyond the sum of its operators: measured, never derived."""
     return Op(
-        family="layer_overhead", direction=direction, dtype=dtype, size=(tokens,), shape=(hidden, ffn_hidden), flops=0, moved_bytes=0
+        family="layer_overhead",
+        direction=direction,
+        dtype=dtype,
+        size=(tokens,),
+        shape=(hidden, ffn_hidden),
+        flops=0,
+        moved_bytes=0,
     )

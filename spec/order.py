@@ -65,7 +65,9 @@ LatencyOf = Callable[[int, OrderKey, str], int]
 BytesOf = Callable[[int, OrderKey], int]
 
 
-def eager(feed: Sequence[OrderKey], stages: int, latency_ns: LatencyOf, held_bytes: BytesOf, budget_bytes: Sequence[int]) -> Template:
+def eager(
+    feed: Sequence[OrderKey], stages: int, latency_ns: LatencyOf, held_bytes: BytesOf, budget_bytes: Sequence[int]
+) -> Template:
     """The paper's template order (§3.4.1): a work-conserving, backward-first list schedule under each stage's byte budget.
 
     Forwards start in feed order as long as the stage's in-flight units stay within `budget_bytes[stage]`, (one unit is always
@@ -79,9 +81,20 @@ class _EagerSchedule:
     """State of one list-schedule run; used once and thrown away."""
 
     def __init__(
-        self, feed: tuple[OrderKey, ...], stages: int, latency_ns: LatencyOf, held_bytes: BytesOf, budget_bytes: tuple[int, ...]
+        self,
+        feed: tuple[OrderKey, ...],
+        stages: int,
+        latency_ns: LatencyOf,
+        held_bytes: BytesOf,
+        budget_bytes: tuple[int, ...],
     ) -> None:
-        self.feed, self.stages, self.latency_ns, self.held_bytes, self.budget = feed, stages, latency_ns, held_bytes, budget_bytes
+        self.feed, self.stages, self.latency_ns, self.held_bytes, self.budget = (
+            feed,
+            stages,
+            latency_ns,
+            held_bytes,
+            budget_bytes,
+        )
         self.actions: list[list[Action]] = [[] for _ in range(stages)]
         self.next_forward = [0] * stages
         self.arrived = [len(feed)] + [0] * (stages - 1)

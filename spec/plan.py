@@ -119,7 +119,9 @@ class Instance:
 
     def __post_init__(self) -> None:
         if (self.order == "explicit") != bool(self.orders):
-            raise ValueError(f"order={self.order!r} with {len(self.orders)} stage orders: only `explicit` has them, one a stage")
+            raise ValueError(
+                f"order={self.order!r} with {len(self.orders)} stage orders: only `explicit` has them, one a stage"
+            )
         if self.steps != 1 and self.order != "explicit":
             raise ValueError(f"steps={self.steps}: only an explicit order covers several optimizer steps")
 

@@ -37,17 +37,25 @@ def plugin_modules(folder: Path, package: str, helpers: frozenset[str] = HELPERS
 
 def load_class(module: ModuleType, base: type) -> type[Any]:
     """Return the one subclass of `base` that a plug-in module defines."""
-    own = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, base) and v.__module__ == module.__name__]
+    own = [
+        v
+        for v in vars(module).values()
+        if isinstance(v, type) and issubclass(v, base) and v.__module__ == module.__name__
+    ]
     public = [v for v in own if not v.__name__.startswith("_")]
     if len(public) != 1:
         names = [v.__name__ for v in public]
-        raise InputError(f"{module.__name__}: a plug-in file defines exactly one {base.__name__}, found {names or 'none'}")
+        raise InputError(
+            f"{module.__name__}: a plug-in file defines exactly one {base.__name__}, found {names or 'none'}"
+        )
     return public[0]
 
 
 def plugins(kind: str, folder: Path, package: str, base: type) -> dict[str, type[Any]]:
     """Every plug-in of a kind: the files of its folder, then the entry points in `muxtune.<kind>`."""
-    found = {key: load_class(importlib.import_module(name), base) for key, name in plugin_modules(folder, package).items()}
+    found = {
+        key: load_class(importlib.import_module(name), base) for key, name in plugin_modules(folder, package).items()
+    }
     for entry in entry_points(group=f"muxtune.{kind}"):
         if entry.name in found:
             raise DuplicateKeyError(f"entry point {entry.name!r} ({entry.value}) repeats a {kind} key that muxtune has")
@@ -88,7 +96,10 @@ def parse_config(kind: str, name: str, config_class: type, options: Mapping[str,
     for key, text in options.items():
         if key not in fields:
             raise UnknownKeyError(f"option of {kind} {name}", key, fields)
-        values[key] = _convert(f"{kind} {name}: {key}", text, str(fields[key].type))
+        # A file without `from __future__ import annotations` has types here, not texts.
+        declared: Any = fields[key].type
+        annotation = declared if isinstance(declared, str) else getattr(declared, "__name__", str(declared))
+        values[key] = _convert(f"{kind} {name}: {key}", text, annotation)
     try:
         return config_class(**values)
     except InputError:

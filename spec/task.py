@@ -65,7 +65,9 @@ class Workload:
         names = [d.name for d in self.datasets]
         for task in self.tasks:
             if names.count(task.dataset) != 1:
-                raise ValueError(f"task {task.task_id}: dataset {task.dataset!r} stands {names.count(task.dataset)} times in datasets")
+                raise ValueError(
+                    f"task {task.task_id}: dataset {task.dataset!r} stands {names.count(task.dataset)} times in datasets"
+                )
             if task.billed_len_tokens > self.model.max_positions:
                 raise ValueError(
                     f"task {task.task_id}: billed_len_tokens={task.billed_len_tokens} exceeds the "

@@ -84,7 +84,11 @@ def total(cost: CostModel, device: DeviceSpec, ops: Iterable[Op]) -> CostSum:
         extrapolated_ns += price.p50_ns if price.extrapolated else 0
         errors[op.family] = errors.get(op.family, 0.0) + price.relative_error * price.p50_ns
     return CostSum(
-        p50_ns=p50_ns, host_ns=host_ns, extrapolated_ns=extrapolated_ns, joules=joules, error_ns=tuple(sorted(errors.items()))
+        p50_ns=p50_ns,
+        host_ns=host_ns,
+        extrapolated_ns=extrapolated_ns,
+        joules=joules,
+        error_ns=tuple(sorted(errors.items())),
     )
 
 
@@ -93,7 +97,9 @@ def batch_ops(context: StageContext, batch: Batch, direction: Literal["forward",
     return tuple(op for group in subgraph_ops(context, batch, direction) for op in (host("launch", direction), *group))
 
 
-def stage_latency_ns(cost: CostModel, device: DeviceSpec, context: StageContext, batch: Batch, direction: Literal["forward", "backward"]) -> int:
+def stage_latency_ns(
+    cost: CostModel, device: DeviceSpec, context: StageContext, batch: Batch, direction: Literal["forward", "backward"]
+) -> int:
     """Time of one batch on one stage with nothing beside it: Σ operators (MuxTune Eq. 3 with measured directions)."""
     price = total(cost, device, batch_ops(context, batch, direction))
     return price.p50_ns + (price.host_ns if device.is_cpu else 0)

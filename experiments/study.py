@@ -1,0 +1,241 @@
+"""run_study: profile, fit, plan, simulate, execute and compare on this machine; `demo` and `validate` are studies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from muxtune.executor.group import WorkerGroup
+from muxtune.experiments.result import Pair, PlanRow, Ranking, StudyResult
+from muxtune.policies.base import SystemState, make_policy
+from muxtune.profiler.fit import fit
+from muxtune.profiler.plans import Measured, measure_plans
+from muxtune.profiler.provenance import birth, stolen_ticks
+from muxtune.profiler.run import Profiling
+from muxtune.sim.cost.table import FittedTable, Table
+from muxtune.sim.simulate import Simulation, make_evaluate, simulate
+from muxtune.spec.bind import bind
+from muxtune.spec.check import require_valid
+from muxtune.spec.cluster import Cluster
+from muxtune.spec.files import write_noun
+from muxtune.spec.layout import Layout, even_layout
+from muxtune.spec.metrics import bubble_fraction, compare_causes, kendall_tau_b
+from muxtune.spec.noun import digest
+from muxtune.spec.program import Bound
+from muxtune.spec.task import Workload
+
+Progress = Callable[[str, int, int], None]
+Partial = Callable[[StudyResult, list[Pair]], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyConfig:
+    """What to compare. Every policy plans every workload under every pipeline depth; `rounds` are counted rounds."""
+
+    name: str
+    workloads: tuple[Workload, ...]
+    cluster: Cluster
+    pipelines: tuple[int, ...]
+    policies: tuple[str, ...]
+    microbatches: int
+    rounds: int
+    profile_rounds: int
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A plan under study, with the one Program that is both predicted and measured."""
+
+    workload: Workload
+    layout_name: str
+    policy: str
+    bound: Bound
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """Unique in a study."""
+        return f"{self.workload.name}/{self.layout_name}/{self.policy}"
+
+
+def layout_name(layout: Layout) -> str:
+    """`1 rank`, `pp=2`."""
+    return "1 rank" if layout.ranks == 1 else f"pp={layout.pp}"
+
+
+class Study:
+    """One run through the whole loop; `result` may be asked for at any time and is valid with what is there."""
+
+    def __init__(self, config: StudyConfig, out: Path, progress: Progress) -> None:
+        self.config, self.out, self.progress = config, out, progress
+        self.started_s = time.monotonic()
+        self.stolen = stolen_ticks()
+        self.layouts = [even_layout(config.workloads[0].model, pp=pp) for pp in config.pipelines]
+        self.tasks = [t for w in config.workloads for t in w.tasks]
+        self.planned: list[Planned] = []
+        self.measured: dict[str, Measured] = {}
+        self.fitted: FittedTable | None = None
+
+    def run(self, partial: Partial) -> tuple[StudyResult, list[Pair]]:
+        """Operator rounds before, between and after the plan rounds; `partial` gets a valid result after each layout."""
+        config = self.config
+        chunks = len(self.layouts) + 1
+        with Profiling(config.workloads, self.layouts, self.out / "profile") as profiling:
+            self._operator_rounds(profiling, 1, chunks)
+            self._plan()
+            for index, layout in enumerate(self.layouts):
+                self._measure(layout)
+                self._operator_rounds(profiling, index + 2, chunks)
+                self.fitted = fit(self.out / "profile", self.tasks)
+                partial(*self.result(complete=index + 1 == len(self.layouts)))
+        assert self.fitted is not None
+        write_noun(self.fitted, self.out / "costs.json")
+        return self.result(complete=True)
+
+    def _operator_rounds(self, profiling: Profiling, part: int, parts: int) -> None:
+        until = -(-self.config.profile_rounds * part // parts)
+        profiling.rounds(until, lambda done, _: self.progress("profile", done, self.config.profile_rounds))
+
+    def _plan(self) -> None:
+        """Every policy plans on the costs measured so far; each plan is checked, bound once and written to disk."""
+        config = self.config
+        cost = Table(fit(self.out / "profile", self.tasks), config.cluster.device)
+        total = len(self.layouts) * len(config.workloads) * len(config.policies)
+        for layout in self.layouts:
+            for workload in config.workloads:
+                for reference in config.policies:
+                    self.planned.append(self._plan_one(cost, workload, layout, reference))
+                    self.progress("plan", len(self.planned), total)
+
+    def _plan_one(self, cost: Table, workload: Workload, layout: Layout, reference: str) -> Planned:
+        config = self.config
+        state = SystemState(
+            workload=workload,
+            cluster=config.cluster,
+            layout=layout,
+            microbatches=config.microbatches,
+            seed=config.seed,
+            evaluate=make_evaluate(cost, config.seed),
+        )
+        start_s = time.monotonic()
+        plan = make_policy(reference, cost).plan(state)
+        seconds = time.monotonic() - start_s
+        require_valid(plan)
+        name = f"{workload.name}-{layout_name(layout)}-{reference}".replace(" ", "").replace(":", "-").replace("=", "")
+        write_noun(plan, self.out / "plans" / f"{name}.json")
+        bound = bind(plan, seed=config.seed)
+        return Planned(
+            workload=workload, layout_name=layout_name(layout), policy=reference, bound=bound, seconds=seconds
+        )
+
+    def _measure(self, layout: Layout) -> None:
+        mine = {p.name: p.bound for p in self.planned if p.layout_name == layout_name(layout)}
+        with WorkerGroup(layout) as group:
+            label = f"execute on {layout_name(layout)}"
+            self.measured |= measure_plans(group, mine, self.config.rounds, lambda d, n: self.progress(label, d, n))
+
+    def result(self, complete: bool) -> tuple[StudyResult, list[Pair]]:
+        """Rows, rankings and timelines of the plans measured so far, on the costs fitted so far."""
+        assert self.fitted is not None
+        cost = Table(self.fitted, self.config.cluster.device)
+        rows: list[PlanRow] = []
+        pairs: list[Pair] = []
+        for planned in self.planned:
+            measured = self.measured.get(planned.name)
+            if measured is None:
+                continue
+            simulation = simulate(planned.bound, cost)
+            rows.append(plan_row(planned, simulation, measured, self.fitted.reference_ns))
+            pairs.append(
+                Pair(
+                    workload=planned.workload.name,
+                    layout=planned.layout_name,
+                    policy=planned.policy,
+                    predicted=simulation.timeline,
+                    measured=measured.timeline,
+                )
+            )
+        steal, ticks = (now - then for now, then in zip(stolen_ticks(), self.stolen, strict=True))
+        born = birth("cpu", steal_percent=100.0 * steal / ticks if ticks else 0.0)
+        config = self.config
+        result = StudyResult(
+            device=config.cluster.device.name,
+            complete=complete,
+            rows=tuple(rows),
+            rankings=tuple(rank(rows)),
+            families=self.fitted.families,
+            fitted_on=f"{config.profile_rounds} rounds over single operators of {config.workloads[0].model.name}",
+            held_out=f"all {len(rows)} plans: no plan that is compared was used in fitting",
+            reference_ns=self.fitted.reference_ns,
+            provenance=born,
+            seconds=time.monotonic() - self.started_s,
+        )
+        return result, pairs
+
+
+def plan_row(planned: Planned, simulation: Simulation, measured: Measured, reference_ns: int) -> PlanRow:
+    """One plan's row. Both times are brought to the speed that the machine had while the operators were profiled."""
+    found, timeline = simulation.estimate, simulation.timeline
+    measured_ns = round(measured.ratio * reference_ns)
+    scale = measured.reference_ns / reference_ns
+    return PlanRow(
+        workload=planned.workload.name,
+        layout=planned.layout_name,
+        policy=planned.policy,
+        plan_digest=digest(planned.bound.plan),
+        program_digest=planned.bound.program.digest(),
+        predicted_ns=found.iteration_ns,
+        measured_ns=measured_ns,
+        error=found.iteration_ns / measured_ns - 1,
+        noise=measured.noise,
+        relative_error=found.relative_error,
+        extrapolated_fraction=found.extrapolated_fraction,
+        rounds=len(measured.ratios),
+        billed_tokens_per_s=found.billed_tokens * 1e9 / measured_ns,
+        processed_tokens_per_s=found.processed_tokens * 1e9 / measured_ns,
+        predicted_billed_tokens_per_s=found.rate_per_s(found.billed_tokens),
+        predicted_peak_bytes=found.peak_bytes,
+        measured_peak_bytes=measured.peak_bytes,
+        predicted_bubble=bubble_fraction(timeline),
+        measured_bubble=bubble_fraction(measured.timeline),
+        plan_seconds=planned.seconds,
+        causes=compare_causes(timeline, measured.timeline, scale),
+    )
+
+
+def rank(rows: Sequence[PlanRow]) -> list[Ranking]:
+    """One ranking for each workload and layout, in the order of the rows."""
+    groups: dict[tuple[str, str], list[PlanRow]] = {}
+    for row in rows:
+        groups.setdefault((row.workload, row.layout), []).append(row)
+    return [_ranking(workload, layout, group) for (workload, layout), group in groups.items()]
+
+
+def _ranking(workload: str, layout: str, rows: Sequence[PlanRow]) -> Ranking:
+    once = list({row.plan_digest: row for row in rows}.values())
+    agree = disagree = unresolved = 0
+    for i, a in enumerate(once):
+        for b in once[:i]:
+            difference = abs(a.measured_ns - b.measured_ns) / min(a.measured_ns, b.measured_ns)
+            if difference <= max(a.noise, b.noise) + max(a.relative_error, b.relative_error):
+                unresolved += 1
+            elif (a.measured_ns < b.measured_ns) == (a.predicted_ns < b.predicted_ns):
+                agree += 1
+            else:
+                disagree += 1
+    pairs = agree + disagree + unresolved
+    winner = min(rows, key=lambda r: r.measured_ns)
+    baselines = [r for r in rows if r.policy in ("hf-peft", "sl-peft")]
+    return Ranking(
+        workload=workload,
+        layout=layout,
+        kendall_tau=kendall_tau_b([r.predicted_ns for r in once], [r.measured_ns for r in once]),
+        resolved_tau=(agree - disagree) / (agree + disagree) if agree + disagree else None,
+        unresolved=unresolved / pairs if pairs else 0.0,
+        predicted_winner=min(rows, key=lambda r: r.predicted_ns).policy,
+        winner=winner.policy,
+        speedup_over=tuple((r.policy, r.measured_ns / winner.measured_ns) for r in baselines),
+    )

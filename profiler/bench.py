@@ -1,0 +1,336 @@
+"""Runs inside a worker: builds each case from the executor's own modules and times rounds over all cases in turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from muxtune.executor.data import batch_tensors
+from muxtune.executor.interpreter import RankRun
+from muxtune.executor.megatron import RaggedAttention, activation, rotate, token_losses
+from muxtune.executor.reference import reference_ns
+from muxtune.executor.stage import StageModel
+from muxtune.executor.tasks import register_task, step_task
+from muxtune.executor.worker import Worker
+from muxtune.kernels import grouped_lora
+from muxtune.profiler.cases import LAYER, Case, layer_batch
+from muxtune.spec.bind import bind
+from muxtune.spec.catalogue import Piece
+from muxtune.spec.layout import Layout, even_layout
+from muxtune.spec.model import ModelSpec
+from muxtune.spec.plan import Plan
+from muxtune.spec.task import Task
+
+#: A case's timed parts: (direction, nanoseconds, thread CPU nanoseconds).
+Part = tuple[str, int, int]
+#: The reference GEMM is timed again after this many cases.
+REFERENCE_EVERY = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """One case in one round, with the reference GEMM of the same moment."""
+
+    case: int
+    direction: str
+    wall_ns: int
+    cpu_ns: int
+    reference_ns: int
+
+
+def timed(direction: str, call: Callable[[], Any]) -> tuple[Part, Any]:
+    """Run once and time it by wall clock and thread CPU time."""
+    cpu_ns, wall_ns = time.thread_time_ns(), time.perf_counter_ns()
+    result = call()
+    return (direction, time.perf_counter_ns() - wall_ns, time.thread_time_ns() - cpu_ns), result
+
+
+def prepare(worker: Worker, model: ModelSpec, tasks: dict[str, Task], cases: Sequence[Case], plan: Plan) -> None:
+    """Build every case once; later rounds only run them. `plan` is the calibration plan of the instruction case."""
+    stage = StageModel(model, even_layout(model, pp=1), 0, 0, worker.device, seed=0)
+    bench = Bench(worker, model, tasks, stage, plan)
+    worker.bench = [bench.build(c) for c in cases]  # type: ignore[attr-defined]
+
+
+def measure_round(worker: Worker) -> list[Timed]:
+    """One pass over all cases."""
+    rows: list[Timed] = []
+    reference = reference_ns()
+    for index, run in enumerate(worker.bench):  # type: ignore[attr-defined]
+        if index % REFERENCE_EVERY == 0:
+            reference = reference_ns()
+        rows += [Timed(index, direction, wall_ns, cpu_ns, reference) for direction, wall_ns, cpu_ns in run()]
+    return rows
+
+
+class Bench:
+    """Builders of cases, by family. Each returns a function that runs the case once and returns its timed parts."""
+
+    def __init__(self, worker: Worker, model: ModelSpec, tasks: dict[str, Task], stage: StageModel, plan: Plan) -> None:
+        self.worker, self.model, self.tasks, self.stage, self.plan = worker, model, tasks, stage, plan
+        self.device = worker.device
+        self.dtype = next(stage.gpt.parameters()).dtype
+
+    def build(self, case: Case) -> Callable[[], list[Part]]:
+        """The runner of one case."""
+        pointwise = {"swiglu", "geglu", "gelu", "relu"}
+        name = (
+            "activation"
+            if case.family in pointwise
+            else "norm"
+            if case.family in ("rmsnorm", "layernorm")
+            else case.family
+        )
+        runner: Callable[[], list[Part]] = getattr(self, f"_{name}")(case)
+        return runner
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=self.dtype, device=self.device)
+
+    def _graph(self, call: Callable[..., Tensor], *leaves: Tensor) -> Callable[[], list[Part]]:
+        """Forward of `call(*leaves)` under autograd, then its backward with a random gradient."""
+        for leaf in leaves:
+            leaf.requires_grad_(True)
+        with torch.no_grad():
+            gradient = torch.randn_like(call(*leaves))
+
+        def run() -> list[Part]:
+            with torch.enable_grad():
+                forward, out = timed("forward", lambda: call(*leaves))
+            edge = torch.autograd.graph.get_gradient_edge(out)
+            del out
+            backward, _ = timed("backward", lambda: torch.autograd.backward((edge,), (gradient,)))
+            for leaf in leaves:
+                leaf.grad = None
+            return [forward, backward]
+
+        return run
+
+    def _embedding(self, case: Case) -> Callable[[], list[Part]]:
+        tensors = batch_tensors(
+            layer_batch(next(iter(self.tasks.values())), case.size[0]), self.model.vocab, self.device
+        )
+        ids = torch.zeros(case.size[0], dtype=torch.long, device=self.device)
+        tensors = replace(tensors, ids=ids, positions=ids)
+
+        def run() -> list[Part]:
+            passage = self.stage.begin(tensors, None)
+            return [timed("forward", lambda: self.stage.forward_piece(passage, Piece(name="embed"), {}))[0]]
+
+        return run
+
+    def _norm(self, case: Case) -> Callable[[], list[Part]]:
+        norm = self.stage.gpt.decoder.layers[0].input_layernorm
+        return self._graph(norm, self._random(case.size[0], 1, self.model.hidden))
+
+    def _linear(self, case: Case) -> Callable[[], list[Part]]:
+        features_in, features_out, bias = case.shape
+        weight = self._random(features_out, features_in)
+        offset = self._random(features_out) if bias else None
+        return self._graph(lambda x: F.linear(x, weight, offset), self._random(case.size[0], 1, features_in))
+
+    def _lora(self, case: Case) -> Callable[[], list[Part]]:
+        (tokens,), (features_in, features_out, rank) = case.size, case.shape
+        x, base = self._random(tokens, features_in), self._random(tokens, features_out)
+        a, b = (
+            self._random(rank, features_in).requires_grad_(True),
+            self._random(features_out, rank).requires_grad_(True),
+        )
+        x.requires_grad_(case.direction == "forward")
+        gradient, groups = torch.randn_like(base), (grouped_lora.Group(start=0, end=tokens, scale=2.0),)
+
+        def run() -> list[Part]:
+            out = base.clone()
+            with torch.enable_grad():
+                forward, out = timed("forward", lambda: grouped_lora.forward(out, x, groups, (a, b)))
+            edge = torch.autograd.graph.get_gradient_edge(out)
+            name = "backward" if case.direction == "forward" else "weights"
+            backward, _ = timed(name, lambda: torch.autograd.backward((edge,), (gradient,)))
+            x.grad = a.grad = b.grad = None
+            return [forward, backward] if case.direction == "forward" else [backward]
+
+        return run
+
+    def _rope(self, case: Case) -> Callable[[], list[Part]]:
+        (tokens,), (heads, head_dim) = case.size, case.shape
+        queries = max(1, heads * self.model.heads // (self.model.heads + self.model.kv_heads))
+        angles = self._random(tokens, 1, 1, head_dim)
+        shapes = [(tokens, 1, n, head_dim) for n in (queries, heads - queries)]
+        return self._two_graphs([lambda x: rotate(x, angles, self.stage.gpt)] * 2, [self._random(*s) for s in shapes])
+
+    def _two_graphs(
+        self, calls: Sequence[Callable[[Tensor], Tensor]], leaves: Sequence[Tensor]
+    ) -> Callable[[], list[Part]]:
+        """Two independent calls whose times add up (query and key are rotated apart)."""
+        runs = [self._graph(call, leaf) for call, leaf in zip(calls, leaves, strict=True)]
+
+        def run() -> list[Part]:
+            parts = [part for one in runs for part in one()]
+            return [
+                (d, sum(p[1] for p in parts if p[0] == d), sum(p[2] for p in parts if p[0] == d))
+                for d in ("forward", "backward")
+            ]
+
+        return run
+
+    def _attention(self, case: Case) -> Callable[[], list[Part]]:
+        (rows, length), (heads, kv_heads, head_dim) = case.size, case.shape
+        attention = RaggedAttention(self.stage.gpt.config)
+        leaves = [self._random(rows * length, 1, n, head_dim) for n in (heads, kv_heads, kv_heads)]
+        return self._graph(lambda q, k, v: attention(q, k, v, ((rows, length),)), *leaves)
+
+    def _activation(self, case: Case) -> Callable[[], list[Part]]:
+        width = case.shape[0] * (2 if self.model.gated else 1)
+        return self._graph(lambda x: activation(self.model, self.stage.gpt, x), self._random(case.size[0], 1, width))
+
+    def _residual(self, case: Case) -> Callable[[], list[Part]]:
+        a, b = self._random(case.size[0], 1, self.model.hidden), self._random(case.size[0], 1, self.model.hidden)
+        return lambda: [timed(d, lambda: a + b)[0] for d in ("forward", "backward")]
+
+    def _cross_entropy(self, case: Case) -> Callable[[], list[Part]]:
+        labels = torch.zeros(case.size[0], dtype=torch.long, device=self.device)
+        places = torch.arange(case.size[0], device=self.device)
+
+        def loss(logits: Tensor) -> Tensor:
+            return torch.stack([token_losses(logits, labels, 1)[places].sum() / 7]).sum()
+
+        return self._graph(loss, self._random(case.size[0], case.shape[0]))
+
+    def _adamw(self, case: Case) -> Callable[[], list[Part]]:
+        model = self.model
+        pp = model.layers // len(case.layers)
+        layout = even_layout(model, pp=pp)
+        first = next(s for s in range(pp) if tuple(layout.layers_of(s)) == case.layers)
+        holder = StageModel(
+            model, Layout(pp=pp, layers_per_stage=layout.layers_per_stage), first, 0, self.device, seed=0
+        )
+        state = register_task(holder, self.tasks[case.task], seed=0)
+        gradients = [torch.randn_like(p) for p in state.parameters]
+
+        def run() -> list[Part]:
+            for parameter, gradient in zip(state.parameters, gradients, strict=True):
+                parameter.grad = gradient
+            return [timed("forward", lambda: step_task(state, 1, None))[0]]
+
+        return run
+
+    def _launch(self, case: Case) -> Callable[[], list[Part]]:
+        run = self._rank_run()
+        run.marks = []
+        launch = next(iter(run.launches.values()))[0]
+
+        def many() -> list[Part]:
+            run.marks.clear()
+            (_, wall_ns, cpu_ns), _ = timed(
+                "forward", lambda: [run._launch(0, launch, lambda: None) for _ in range(100)]
+            )
+            return [(d, wall_ns // 100, cpu_ns // 100) for d in ("forward", "backward")]
+
+        return many
+
+    def _rank_run(self) -> RankRun:
+        bound = bind(self.plan, seed=0)
+        tasks = {t: register_task(self.stage, self.tasks[t], seed=0) for i in self.plan.instances for t in i.tasks}
+        stages = {i: self.stage for i in range(len(self.plan.instances))}
+        return RankRun(bound, 0, stages, tasks, self.worker.groups, self.device)
+
+    def _instruction(self, case: Case) -> Callable[[], list[Part]]:
+        """Time of a forward or backward instruction that is not inside its launches, on a calibration plan of one small task."""
+        run = self._rank_run()
+
+        def once() -> list[Part]:
+            marks = run.run()
+            parts: list[Part] = []
+            for op in ("forward", "backward"):
+                wholes = {
+                    m.index: m.end_ns - m.start_ns
+                    for m in marks
+                    if m.subgraph < 0 and run.instructions[m.index].op == op
+                }
+                inner = sum(m.end_ns - m.start_ns for m in marks if m.subgraph >= 0 and m.index in wholes)
+                rest_ns = (sum(wholes.values()) - inner) // len(wholes)
+                parts.append((op, rest_ns, rest_ns))
+            return parts
+
+        return once
+
+    def _layer(self, case: Case) -> Callable[[], list[Part]]:
+        """Middle layers of a stage through the executor's own nodes (subgraphs), forward and backward."""
+        assert case.family == LAYER
+        task = self.tasks[case.task]
+        register_task(self.stage, task, seed=0)
+        tensors = batch_tensors(layer_batch(task, case.size[0]), self.model.vocab, self.device)
+        forward_count = len(self.stage.subgraphs["forward"])
+        backward_count = len(self.stage.subgraphs["backward"])
+        middle = {"forward": range(2, forward_count - 1), "backward": range(1, backward_count - 3)}
+
+        def run() -> list[Part]:
+            passage = self.stage.begin(tensors, None)
+            totals = {"forward": [0, 0], "backward": [0, 0]}
+            for direction, count in (("forward", forward_count), ("backward", backward_count)):
+                for index in range(count):
+                    call = self._node(passage, direction, index, task.task_id)
+                    (_, wall_ns, cpu_ns), _ = timed(direction, call)
+                    if index in middle[direction]:
+                        totals[direction][0] += wall_ns
+                        totals[direction][1] += cpu_ns
+            for bank in self.stage.banks.values():
+                for parameter in bank.adapters[task.task_id].parameters() if task.task_id in bank.adapters else ():
+                    parameter.grad = None
+            return [(d, wall_ns, cpu_ns) for d, (wall_ns, cpu_ns) in totals.items()]
+
+        return run
+
+    def _node(self, passage: Any, direction: str, index: int, task: str) -> Callable[[], None]:
+        if direction == "forward":
+            return lambda: self.stage.forward(passage, index, {task: 1})
+        return lambda: self.stage.backward(passage, index)
+
+
+def transfer_round(worker: Worker, sizes_bytes: Sequence[int]) -> list[tuple[int, int, int, int]]:
+    """(start of send, end of send, message there, end of receive) by the common clock for each size; zeros where not known.
+
+    Rank 0 sends, rank 1 has posted its receive and waits; then once more with the message already there.
+    """
+    rows: list[tuple[int, int, int, int]] = []
+    group, barrier = worker.groups["activation"], worker.groups["instance"]
+    clock = time.perf_counter_ns
+    for size_bytes in sizes_bytes:
+        message = torch.zeros(size_bytes // 4)
+        for late in (False, True):
+            if worker.hello.rank == 0:
+                dist.barrier(group=barrier)
+                time.sleep(0.0005)
+                start_ns = clock()
+                work = dist.isend(message, dst=1, group=group, tag=1)
+                end_ns = clock()
+                work.wait()
+                rows.append((start_ns, end_ns, 0, 0))
+            else:
+                work = dist.irecv(message, src=0, group=group, tag=1)
+                dist.barrier(group=barrier)
+                if late:
+                    time.sleep(0.005 + size_bytes / 1e9)
+                start_ns = clock()
+                work.wait()
+                rows.append((start_ns, 0, 0, clock()))
+            dist.barrier(group=barrier)
+    return rows
+
+
+def meeting_round(worker: Worker, count: int) -> list[int]:
+    """Durations of a 4-byte all_reduce over the instance's ranks, entered together."""
+    group, value, times = worker.groups["instance"], torch.zeros(()), []
+    for _ in range(count):
+        dist.barrier(group=group)
+        start_ns = time.perf_counter_ns()
+        dist.all_reduce(value, group=group)
+        times.append(time.perf_counter_ns() - start_ns)
+    return times

@@ -1,0 +1,186 @@
+"""simulate: a bound Plan through the SimPy engines; estimate: mean and spread over draws through the closed forms."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from muxtune.sim.cost.base import CostModel
+from muxtune.sim.ledger import Ledger
+from muxtune.sim.pipeline import run_pipeline
+from muxtune.sim.priced import PricedProgram, price
+from muxtune.sim.record import record
+from muxtune.sim.recurrence import recur, recur_blocks
+from muxtune.sim.stage import StageCache
+from muxtune.spec.align import count_tokens
+from muxtune.spec.bind import bind
+from muxtune.spec.check import require_valid
+from muxtune.spec.errors import InputError
+from muxtune.spec.estimate import Estimate, TaskStep
+from muxtune.spec.memory import rank_peaks
+from muxtune.spec.metrics import bubble_fraction, task_step_ns
+from muxtune.spec.noun import noun
+from muxtune.spec.plan import Plan
+from muxtune.spec.program import Bound
+from muxtune.spec.timeline import Timeline
+from muxtune.spec.units import NS_PER_S
+
+
+@noun
+class Simulation:
+    """One Program, simulated: what ran when, its figures, and the events that the engines processed."""
+
+    timeline: Timeline
+    estimate: Estimate
+    events: int
+
+
+@noun
+class _Run:
+    """One priced and timed Program."""
+
+    bound: Bound
+    priced: PricedProgram
+    timeline: Timeline
+
+
+def simulate(bound: Bound, cost: CostModel) -> Simulation:
+    """Run one Program on the SimPy engines, with subgraph spans and memory samples.
+
+    Raises:
+        PlanError: the Program deadlocks. ExtrapolationError: the cost model has no figure for an operator.
+    """
+    cache = StageCache(cost)
+    priced = price(bound, cost, cache)
+    times, events = run_pipeline(priced)
+    timeline = record(bound, priced, times, detailed=True)
+    found = _summary([_Run(bound=bound, priced=priced, timeline=timeline)], cost)
+    return Simulation(timeline=timeline, estimate=found, events=events + cache.events)
+
+
+def estimate(
+    plan: Plan, cost: CostModel, seed: int, draws: int = 8, steps: int = 1, cache: StageCache | None = None
+) -> Estimate:
+    """Mean over draws, and their relative spread where an hTask is `varlen`.
+
+    Draw d covers the optimizer steps from d·steps on of the seed's stream, as an executor that runs on would draw them.
+    `steps` is rounded up to whole passes over explicit orders of several steps. With `pad` alone every shape is fixed:
+    one draw has the exact times, and its raw and truncated token counts stand for all (`Estimate.draws` is then 1).
+    `cache` must be of the same cost model.
+
+    Raises:
+        InputError: no draw is asked for.
+        PlanError: the Program deadlocks. ExtrapolationError: the cost model has no figure for an operator.
+    """
+    if draws < 1:
+        raise InputError(f"draws={draws}: must be at least 1")
+    covered = math.lcm(*(i.steps for i in plan.instances))
+    whole = -(-steps // covered) * covered
+    varlen = any(h.alignment == "varlen" for i in plan.instances for h in i.htasks)
+    shared = cache or StageCache(cost, recur_blocks)
+    runs: list[_Run] = []
+    for draw in range(draws if varlen else 1):
+        bound = bind(plan, seed=seed, steps=whole, first_step=draw * whole)
+        priced = price(bound, cost, shared)
+        timeline = record(bound, priced, recur(priced), detailed=False)
+        runs.append(_Run(bound=bound, priced=priced, timeline=timeline))
+    return _summary(runs, cost)
+
+
+def make_evaluate(cost: CostModel, seed: int, draws: int = 8) -> Callable[[Plan], Estimate]:
+    """The `evaluate` that a searching policy is handed; stage runs are shared by all plans that it tries.
+
+    The function raises PlanError for a plan that `check` refuses, memory included.
+    """
+    cache = StageCache(cost, recur_blocks)
+
+    def evaluate(plan: Plan) -> Estimate:
+        require_valid(plan, seed)
+        return estimate(plan, cost, seed, draws, cache=cache)
+
+    return evaluate
+
+
+def _summary(runs: Sequence[_Run], cost: CostModel) -> Estimate:
+    """One Estimate of the runs of one plan; figures are means over the runs, peaks their maxima."""
+    timelines = [r.timeline for r in runs]
+    iterations_ns = [t.makespan_ns / t.steps for t in timelines]
+    mean_ns = statistics.fmean(iterations_ns)
+    device_ns = sum(len(t.ranks) * t.makespan_ns for t in timelines)
+    ledger = Ledger()
+    for run in runs:
+        ledger.add_sum(run.priced.costs)
+    costs = ledger.sum()
+    raw, billed, processed, truncated = (round(statistics.fmean(n)) for n in zip(*map(_tokens, runs), strict=True))
+    return Estimate(
+        iteration_ns=round(mean_ns),
+        spread=statistics.stdev(iterations_ns) / mean_ns if len(runs) > 1 else 0.0,
+        draws=len(runs),
+        per_task=_per_task(timelines),
+        peak_bytes=_peak_bytes(runs),
+        raw_tokens=raw,
+        billed_tokens=billed,
+        processed_tokens=processed,
+        truncated_tokens=truncated,
+        bubble_fraction=statistics.fmean(bubble_fraction(t) for t in timelines),
+        exposed_comm_fraction=sum(r.priced.exposed_ns for r in runs) / device_ns,
+        host_bound_fraction=sum(r.priced.host_bound_ns for r in runs) / device_ns,
+        extrapolated_fraction=costs.extrapolated_ns / costs.p50_ns if costs.p50_ns else 0.0,
+        relative_error=costs.relative_error,
+        energy_j=_energy_j(runs, costs.joules),
+        cost_model=cost.model_id,
+        calibrated=cost.calibrated,
+    )
+
+
+def _per_task(timelines: Sequence[Timeline]) -> tuple[TaskStep, ...]:
+    steps_ns: dict[str, list[int]] = {}
+    for timeline in timelines:
+        for task, step_ns in task_step_ns(timeline):
+            steps_ns.setdefault(task, []).append(step_ns)
+    return tuple(
+        TaskStep(task=task, step_ns=round(statistics.fmean(found))) for task, found in sorted(steps_ns.items())
+    )
+
+
+def _peak_bytes(runs: Sequence[_Run]) -> tuple[int, ...]:
+    peaks = [[p.peak_bytes for p in rank_peaks(r.bound)] for r in runs]
+    return tuple(max(rank) for rank in zip(*peaks, strict=True))
+
+
+def _energy_j(runs: Sequence[_Run], joules: float) -> float | None:
+    """Energy of one iteration: operators above idle, and idle watts of every rank all the time.
+
+    None where the cost model has no energy figures.
+    """
+    if joules <= 0:
+        return None
+    idle_j = sum(
+        len(r.timeline.ranks) * r.bound.plan.cluster.device.idle_w * r.timeline.makespan_ns / NS_PER_S for r in runs
+    )
+    return (joules + idle_j) / sum(r.timeline.steps for r in runs)
+
+
+def _tokens(run: _Run) -> tuple[float, float, float, float]:
+    """Raw, billed, processed and truncated tokens of one optimizer step."""
+    program, workload = run.bound.program, run.bound.plan.workload
+    billed_len = [(t.task_id, t.billed_len_tokens) for t in workload.tasks]
+    raw, billed, processed = count_tokens((b for w in program.units for b in w.batches), billed_len)
+    truncated = _drawn_tokens(run.bound) - raw
+    return raw / program.steps, billed / program.steps, processed / program.steps, truncated / program.steps
+
+
+def _drawn_tokens(bound: Bound) -> int:
+    """Tokens of the drawn samples before truncation."""
+    samples: dict[str, list[int]] = {}
+    for row in (row for work in bound.program.units for batch in work.batches for row in batch.rows):
+        samples.setdefault(row.task, []).append(row.sample)
+    drawn = 0
+    for task, ids in samples.items():
+        workload = bound.plan.workload
+        prompt, response = workload.lengths(workload.task(task)).lengths(np.asarray(ids, dtype=np.int64))
+        drawn += int(prompt.sum() + response.sum())
+    return drawn

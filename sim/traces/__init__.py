@@ -1,0 +1,1 @@
+"""Readers of data set lengths, workload files and cluster files."""

@@ -1,0 +1,287 @@
+"""From a Plan to a Timeline and an Estimate: determinism, spans, memory, tokens, energy, errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from muxtune.policies.build import make_instance
+from muxtune.sim.cost.base import Cost
+from muxtune.sim.cost.roofline import Roofline
+from muxtune.sim.simulate import estimate, make_evaluate, simulate
+from muxtune.spec.bind import bind, stage_orders
+from muxtune.spec.cluster import DeviceSpec, Link
+from muxtune.spec.draw import draw_samples
+from muxtune.spec.errors import ExtrapolationError, InputError, PlanError
+from muxtune.spec.memory import rank_peaks
+from muxtune.spec.metrics import bubble_fraction, exposed_comm_fraction, task_step_ns
+from muxtune.spec.noun import digest
+from muxtune.spec.ops import Op
+from muxtune.spec.plan import Action, Plan, StageOrder
+
+
+@pytest.fixture(scope="module")
+def make_plan(tiny_workload: Any, tiny_state: Any) -> Any:
+    def make(
+        groups: Sequence[Sequence[str]] = (("t0", "t1"), ("t2",), ("t3",)),
+        buckets: Sequence[Sequence[int]] = ((0,), (1, 2)),
+        *,
+        alignment: Any = "pad",
+        tp: int = 1,
+        pp: int = 2,
+        cluster: str = "4xcpu",
+        model: str = "tiny-llama",
+    ) -> Plan:
+        workload = tiny_workload(sum(map(len, groups)), model=model)
+        state = tiny_state(workload, tp=tp, pp=pp, microbatches=2, cluster=cluster)
+        instance = make_instance(state, "i", groups, buckets, alignment)
+        return Plan(workload=workload, cluster=state.cluster, instances=(instance,))
+
+    return make
+
+
+@pytest.mark.parametrize("alignment", ["pad", "varlen"])
+def test_equal_input_gives_equal_bytes(make_plan: Any, alignment: str):
+    plan = make_plan(alignment=alignment)
+    first, second = (simulate(bind(plan, seed=3, steps=2), Roofline()) for _ in range(2))
+    assert digest(first.timeline) == digest(second.timeline)
+    assert digest(first.estimate) == digest(second.estimate)
+    assert first.events == second.events > 0
+
+
+def test_another_seed_is_another_timeline_of_the_same_shapes(make_plan: Any):
+    plan = make_plan(alignment="varlen")
+    first, second = (simulate(bind(plan, seed=s), Roofline()).timeline for s in (0, 1))
+    assert digest(first) != digest(second)
+    assert [s.op for s in first.spans] == [s.op for s in second.spans]
+
+
+def test_timeline_names_the_program_and_every_instruction_of_it(make_plan: Any):
+    bound = bind(make_plan(), seed=5, steps=2)
+    timeline = simulate(bound, Roofline()).timeline
+    assert timeline.source == "sim"
+    assert (timeline.program_digest, timeline.seed, timeline.steps) == (bound.program.digest(), 5, 2)
+    for listing in bound.program.ranks:
+        spans = timeline.instruction_spans(listing.rank)
+        assert [s.index for s in spans] == list(range(len(listing.instructions)))
+        assert all(a.end_ns == b.start_ns for a, b in zip(spans, spans[1:], strict=False)), "a rank waits inside spans"
+        assert [s.op.split("_")[0] for s in spans] == [x.op for x in listing.instructions]
+        assert [s.key for s in spans] == [x.key for x in listing.instructions]
+        assert {s.stream for s in spans if s.op in ("forward", "backward", "step")} == {"compute"}
+        assert {s.stream for s in spans if s.op.startswith(("send", "recv"))} == {"p2p"}
+    steps = [s for s in timeline.spans if s.op == "step"]
+    assert sorted(s.tasks[0] for s in steps) == sorted(2 * 2 * [t.task_id for t in bound.plan.workload.tasks])
+
+
+def test_subgraph_spans_lie_inside_their_instruction(make_plan: Any):
+    timeline = simulate(bind(make_plan(tp=2, model="tiny-gpt2"), seed=0), Roofline()).timeline
+    whole = {(s.rank, s.index): s for s in timeline.spans if s.subgraph < 0}
+    inner = [s for s in timeline.spans if s.subgraph >= 0]
+    assert {s.stream for s in inner} == {"compute", "comm"}
+    for span in inner:
+        outer = whole[span.rank, span.index]
+        assert outer.op in ("forward", "backward")
+        assert outer.start_ns <= span.start_ns <= span.end_ns <= outer.end_ns
+        assert set(span.tasks) < set(outer.tasks) or span.tasks == outer.tasks
+        assert ("all_reduce" in span.op) == (span.stream == "comm")
+
+
+def test_memory_samples_peak_where_the_memory_model_says(make_plan: Any):
+    bound = bind(make_plan(), seed=0)
+    found = simulate(bound, Roofline())
+    peaks = tuple(p.peak_bytes for p in rank_peaks(bound))
+    assert found.timeline.peak_bytes == found.estimate.peak_bytes == peaks
+    for rank, peak in enumerate(rank_peaks(bound)):
+        samples = [s for s in found.timeline.memory if s.rank == rank]
+        assert [s.time_ns for s in samples] == sorted(s.time_ns for s in samples)
+        assert max(s.in_use_bytes for s in samples) == peak.peak_bytes
+        assert samples[0].in_use_bytes == samples[-1].in_use_bytes == peak.static_bytes
+        assert (samples[0].time_ns, min(s.time_ns for s in samples)) == (0, 0)
+
+
+@pytest.mark.parametrize("cluster", ["4xcpu", "4xA40-pcie"])
+def test_figures_are_those_of_the_timeline(make_plan: Any, cluster: str):
+    plan = make_plan(tp=2, model="tiny-gpt2", cluster=cluster)
+    found = simulate(bind(plan, seed=0), Roofline())
+    timeline, figures = found.timeline, found.estimate
+    assert figures.iteration_ns == timeline.iteration_ns
+    assert figures.bubble_fraction == bubble_fraction(timeline)
+    assert figures.exposed_comm_fraction == pytest.approx(exposed_comm_fraction(timeline), rel=1e-12)
+    assert figures.exposed_comm_fraction > 0
+    assert [(t.task, t.step_ns) for t in figures.per_task] == list(task_step_ns(timeline))
+    assert (figures.host_bound_fraction > 0) == (cluster != "4xcpu")
+    assert (figures.cost_model, figures.calibrated, figures.draws, figures.spread) == ("roofline", False, 1, 0.0)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("cluster", ["4xcpu", "4xA40-pcie"])
+def test_padded_estimate_is_one_draw_and_equals_the_simulation(make_plan: Any, steps: int, cluster: str):
+    plan = make_plan(tp=2, model="tiny-gpt2", cluster=cluster)
+    quick = estimate(plan, Roofline(), seed=7, draws=8, steps=steps)
+    assert quick == simulate(bind(plan, seed=7, steps=steps), Roofline()).estimate
+    assert quick.draws == 1
+
+
+def test_varlen_estimate_is_the_mean_over_the_draws_that_would_be_executed(make_plan: Any):
+    plan = make_plan(alignment="varlen")
+    found = estimate(plan, Roofline(), seed=7, draws=4)
+    each = [simulate(bind(plan, seed=7, steps=1, first_step=d), Roofline()).estimate for d in range(4)]
+    times = [e.iteration_ns for e in each]
+    assert found.draws == 4
+    assert found.iteration_ns == round(statistics.fmean(times))
+    assert found.spread == pytest.approx(statistics.stdev(times) / statistics.fmean(times))
+    assert found.spread > 0
+    assert found.raw_tokens == round(statistics.fmean(e.raw_tokens for e in each))
+    assert found.processed_tokens == found.raw_tokens < found.billed_tokens
+    assert found.peak_bytes == tuple(max(e.peak_bytes[r] for e in each) for r in range(2))
+    assert found.energy_j == pytest.approx(statistics.fmean(e.energy_j for e in each))
+
+
+def test_tokens_by_hand(make_plan: Any):
+    plan = make_plan()
+    found = estimate(plan, Roofline(), seed=0, steps=2)
+    tasks = {t.task_id: t for t in plan.workload.tasks}
+    billed = sum(t.billed_len_tokens * t.global_batch_samples for t in tasks.values())
+    longest = max(tasks["t0"].billed_len_tokens, tasks["t1"].billed_len_tokens)
+    together = longest * (tasks["t0"].global_batch_samples + tasks["t1"].global_batch_samples)
+    alone = sum(tasks[t].billed_len_tokens * tasks[t].global_batch_samples for t in ("t2", "t3"))
+    drawn = sum(
+        s.prompt_tokens + s.response_tokens for e in draw_samples(plan.workload, 0, 2).entries for s in e.samples
+    )
+    assert found.billed_tokens == billed
+    assert found.processed_tokens == together + alone
+    assert found.raw_tokens + found.truncated_tokens == pytest.approx(drawn / 2, abs=1)
+
+
+def test_truncated_tokens_are_those_that_the_billed_length_cut(make_plan: Any):
+    plan = make_plan()
+    short = tuple(dataclasses.replace(t, billed_len_tokens=8) for t in plan.workload.tasks)
+    plan = dataclasses.replace(plan, workload=dataclasses.replace(plan.workload, tasks=short))
+    found = estimate(plan, Roofline(), seed=0)
+    totals = [s.prompt_tokens + s.response_tokens for e in draw_samples(plan.workload, 0, 1).entries for s in e.samples]
+    assert found.truncated_tokens == int(np.maximum(np.array(totals) - 8, 0).sum()) > 0
+    assert found.raw_tokens == int(np.minimum(totals, 8).sum())
+
+
+class Flat:
+    """Every operator takes 10 ns, half of it sure, and 1 J above idle; messages are free."""
+
+    model_id, calibrated = "flat", True
+
+    def __init__(self, joules: float = 1.0, extrapolated: str = "") -> None:
+        self.joules, self.extrapolated = joules, extrapolated
+
+    def latency(self, op: Op, device: DeviceSpec, share: tuple[Op, ...] = ()) -> Cost:
+        if op.dtype in ("host", "bytes"):
+            return Cost(p50_ns=0)
+        return Cost(p50_ns=10, relative_error=0.5, joules=self.joules, extrapolated=op.family == self.extrapolated)
+
+    def link_latency(self, op: Op, link: Link) -> Cost:
+        return Cost(p50_ns=0)
+
+
+def priced_operators(plan: Plan) -> dict[str, int]:
+    """How often each family is priced: by a cost model that notes its calls, on shapes that never repeat in a cache."""
+    seen: dict[str, int] = {}
+
+    class Counting(Flat):
+        def latency(self, op: Op, device: DeviceSpec, share: tuple[Op, ...] = ()) -> Cost:
+            seen[op.family] = seen.get(op.family, 0) + (op.dtype not in ("host", "bytes"))
+            return super().latency(op, device)
+
+    simulate(bind(plan, seed=0), Counting())
+    return seen
+
+
+def test_energy_is_operators_above_idle_and_idle_watts_all_the_time(make_plan: Any):
+    # One rank, one unit of each of four buckets a direction: no stage run is used twice, so each operator is priced once.
+    plan = make_plan((("t0",),), ((0,),), pp=1)
+    plan = dataclasses.replace(plan, instances=(dataclasses.replace(plan.instances[0], microbatches=1),))
+    found = simulate(bind(plan, seed=0), Flat())
+    idle_w = plan.cluster.device.idle_w
+    busy_ns = found.timeline.makespan_ns
+    units = len(plan.instances[0].buckets[0].units)
+    operators = sum(priced_operators(plan).values())
+    adamw = priced_operators(plan)["adamw"]
+    total = units * (operators - adamw) + adamw
+    assert busy_ns == 10 * total
+    assert found.estimate.energy_j == pytest.approx(total * 1.0 + idle_w * busy_ns / 1e9)
+    assert simulate(bind(plan, seed=0), Flat(joules=0.0)).estimate.energy_j is None
+
+
+def test_extrapolated_share_and_error_of_predicted_time(make_plan: Any):
+    plan = make_plan((("t0",),), ((0,),), pp=1)
+    seen = priced_operators(plan)
+    found = simulate(bind(plan, seed=0), Flat(extrapolated="linear")).estimate
+    units = len(plan.instances[0].buckets[0].units)
+    total = units * (sum(seen.values()) - seen["adamw"]) + seen["adamw"]
+    assert found.extrapolated_fraction == pytest.approx(units * seen["linear"] / total)
+    # Within a family errors add (0.5 of its time), families combine as the root of squares.
+    shares = [(units if family != "adamw" else 1) * n / total for family, n in seen.items()]
+    assert found.relative_error == pytest.approx(0.5 * sum(s * s for s in shares) ** 0.5)
+
+
+def test_steps_are_rounded_up_to_whole_passes_of_an_explicit_order(make_plan: Any):
+    plan = make_plan((("t0",), ("t1",)), ((0,), (1,)))
+    twice = []
+    for order in stage_orders(plan.instances[0]):
+        actions = tuple(dataclasses.replace(a, step=s) for s in (0, 1) for a in order.actions)
+        twice.append(StageOrder(stage=order.stage, actions=actions))
+    instance = dataclasses.replace(plan.instances[0], order="explicit", orders=tuple(twice), steps=2)
+    explicit = dataclasses.replace(plan, instances=(instance,))
+    assert estimate(explicit, Roofline(), seed=0, steps=1) == estimate(plan, Roofline(), seed=0, steps=2)
+    assert estimate(explicit, Roofline(), seed=0, steps=3) == estimate(plan, Roofline(), seed=0, steps=4)
+
+
+def test_instances_on_other_devices_run_in_parallel(make_plan: Any, tiny_state: Any):
+    plan = make_plan((("t0",), ("t1",)), ((0,), (1,)))
+    state = tiny_state(plan.workload, pp=2, microbatches=2)
+    first, second = (make_instance(state, t, [[t]], [[0]]) for t in ("t0", "t1"))
+    apart = dataclasses.replace(plan, instances=(first, dataclasses.replace(second, devices=(2, 3))))
+    alone = [estimate(dataclasses.replace(plan, instances=(i,)), Roofline(), seed=0) for i in (first, second)]
+    together = estimate(apart, Roofline(), seed=0)
+    assert together.iteration_ns == max(e.iteration_ns for e in alone)
+    assert len(together.peak_bytes) == 4
+
+
+def test_evaluate_refuses_what_check_refuses(make_plan: Any):
+    evaluate = make_evaluate(Roofline(), seed=0)
+    plan = make_plan()
+    assert evaluate(plan) == evaluate(plan) == estimate(plan, Roofline(), seed=0)
+    device = dataclasses.replace(plan.cluster.device, memory_bytes=10**6)
+    small = dataclasses.replace(plan, cluster=dataclasses.replace(plan.cluster, device=device))
+    with pytest.raises(PlanError, match="rank 0 does not fit"):
+        evaluate(small)
+
+
+def test_a_deadlock_is_an_error_not_a_short_run(make_plan: Any):
+    plan = make_plan((("t0",), ("t1",)), ((0,), (1,)))
+    orders = list(stage_orders(plan.instances[0]))
+    steps = [a for a in orders[1].actions if a.op == "step"]
+    work = [a for a in orders[1].actions if a.op != "step"]
+    orders[1] = StageOrder(stage=1, actions=(*work, *reversed(steps)))
+    instance = dataclasses.replace(plan.instances[0], order="explicit", orders=tuple(orders))
+    stuck = dataclasses.replace(plan, instances=(instance,))
+    for run in (lambda: estimate(stuck, Roofline(), seed=0), lambda: simulate(bind(stuck, seed=0), Roofline())):
+        with pytest.raises(PlanError, match="the order deadlocks: rank 0 at instruction"):
+            run()
+    assert Action(op="step", task="t0").op == steps[0].op
+
+
+def test_refusals_of_the_cost_model_reach_the_caller(make_plan: Any):
+    class Refusing(Flat):
+        def latency(self, op: Op, device: DeviceSpec, share: tuple[Op, ...] = ()) -> Cost:
+            raise ExtrapolationError("out of range")
+
+    with pytest.raises(ExtrapolationError, match="out of range"):
+        estimate(make_plan(), Refusing(), seed=0)
+
+
+def test_at_least_one_draw(make_plan: Any):
+    with pytest.raises(InputError, match="draws=0: must be at least 1"):
+        estimate(make_plan(), Roofline(), seed=0, draws=0)
