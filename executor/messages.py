@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from muxtune.executor.interpreter import Mark
+from muxtune.executor.tasks import Array
 from muxtune.spec.program import Bound
 
 
@@ -83,7 +84,7 @@ class Inspection:
     """Reports and (if asked for) parameters of one rank, by task."""
 
     reports: dict[str, TaskReport]
-    state: dict[str, dict[str, Any]] = field(default_factory=dict)
+    state: dict[str, dict[str, Array]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from muxtune.executor.megatron import tp_group
 from muxtune.executor.peft.base import Adapter, Place, make_adapter
 from muxtune.executor.stage import StageModel
 from muxtune.spec.task import Task
+
+Array = NDArray[np.float32]
 
 
 @dataclass(slots=True)
@@ -29,15 +34,26 @@ class TaskState:
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         """Every trainable tensor of the task on this rank, in a fixed order."""
-        return [p for key in sorted(self.adapters) for p in self.adapters[key].parameters()]
+        return [p for _, p in self.named()]
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Copies of the parameters by name `layer.target.tensor`."""
-        return {
-            f"{layer}.{target}.{name}": p.detach().clone()
-            for (layer, target), adapter in sorted(self.adapters.items())
-            for name, p in adapter.named_parameters()
-        }
+    def named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Parameters by name `layer.target.tensor`, in a fixed order."""
+        for (layer, target), adapter in sorted(self.adapters.items()):
+            for name, parameter in adapter.named_parameters():
+                yield f"{layer}.{target}.{name}", parameter
+
+    def state(self) -> dict[str, Array]:
+        """Copies of the parameters by name."""
+        return {name: as_array(p) for name, p in self.named()}
+
+    def gradients(self) -> dict[str, Array]:
+        """Copies of the accumulated gradients by name; parameters without one are left out."""
+        return {name: as_array(p.grad) for name, p in self.named() if p.grad is not None}
+
+
+def as_array(tensor: torch.Tensor) -> Array:
+    """A copy that can travel between processes."""
+    return tensor.detach().float().cpu().numpy().copy()
 
 
 def register_task(stage: StageModel, task: Task, seed: int) -> TaskState:

@@ -22,7 +22,7 @@ from muxtune.executor.megatron import start_parallel
 from muxtune.executor.memory import allocation_peak, resident_bytes
 from muxtune.executor.reference import reference_ns
 from muxtune.executor.stage import StageModel
-from muxtune.executor.tasks import TaskState, register_task
+from muxtune.executor.tasks import Array, TaskState, register_task
 from muxtune.spec.errors import InputError
 from muxtune.spec.layout import Layout
 from muxtune.spec.program import Bound
@@ -129,18 +129,12 @@ class Worker:
             reports=reports, state={n: t.state() for n, t in tasks.items()} if message.state else {}
         )
 
-    def gradients(self, message: messages.Gradients) -> dict[str, dict[str, torch.Tensor]]:
+    def gradients(self, message: messages.Gradients) -> dict[str, dict[str, Array]]:
         """Accumulated gradients of one pass, by task and parameter name."""
         loaded = self.loaded[message.name]
         loaded.run.run(steps=False)
-        found: dict[str, dict[str, torch.Tensor]] = {}
-        for name, task in loaded.tasks.items():
-            found[name] = {
-                f"{layer}.{target}.{n}": p.grad.clone()
-                for (layer, target), a in sorted(task.adapters.items())
-                for n, p in a.named_parameters()
-                if p.grad is not None
-            }
+        found = {name: task.gradients() for name, task in loaded.tasks.items()}
+        for task in loaded.tasks.values():
             task.optimizer.zero_grad(set_to_none=True)
         return found
 

@@ -10,8 +10,10 @@ import pytest
 from muxtune.spec.bind import bind, serial_launches, stage_orders
 from muxtune.spec.check import check, check_program, require_valid
 from muxtune.spec.errors import PlanError
+from muxtune.spec.memory import rank_peaks
 from muxtune.spec.plan import Action, Bucket, Instance, Launch, LaunchList, Part, Plan, StageOrder, Unit
 from muxtune.spec.program import Instruction, Program, RankProgram, UnitKey
+from muxtune.spec.units import format_bytes
 
 
 @pytest.fixture
@@ -258,18 +260,26 @@ class TestLaunches:
 
 
 class TestMemory:
-    def test_rank_moment_and_bytes(self, tiny_state: Any, tiny_workload: Any, hand_plan: Any) -> None:
-        state = tiny_state(tiny_workload(2), pp=2, memory_bytes=20 * 2**20)
-        problems = check(hand_plan(state, [["t0"], ["t1"]]))
-        assert len(problems) == 1
-        assert problems[0] == (
-            "rank 0 does not fit: needs 24.2 MiB during forward of bucket 1 unit 0 (5.32 MiB of them static), "
-            "cpu has 20.0 MiB"
+    def test_one_byte_short(self, plan: Plan) -> None:
+        """Peaks differ between the ranks: with one byte less than the larger one, that rank is refused and no other."""
+        peaks = sorted(rank_peaks(bind(plan, seed=0)), key=lambda p: p.peak_bytes)
+        assert peaks[0].peak_bytes < peaks[1].peak_bytes
+        assert check(self.limited(plan, peaks[1].peak_bytes)) == ()
+        instruction = bind(plan, seed=0).program.ranks[peaks[1].rank].instructions[peaks[1].instruction]
+        assert only(check(self.limited(plan, peaks[1].peak_bytes - 1))) == (
+            f"rank {peaks[1].rank} does not fit: needs {format_bytes(peaks[1].peak_bytes)} during {instruction.op} of "
+            f"bucket {instruction.key.bucket} unit {instruction.key.unit} "
+            f"({format_bytes(peaks[1].static_bytes)} of them static), cpu has {format_bytes(peaks[1].peak_bytes - 1)}"
         )
 
+    @staticmethod
+    def limited(plan: Plan, memory_bytes: int) -> Plan:
+        device = replace(plan.cluster.device, memory_bytes=memory_bytes)
+        return replace(plan, cluster=replace(plan.cluster, device=device))
+
     def test_static_bytes_alone(self, plan: Plan) -> None:
-        small = replace(plan, cluster=replace(plan.cluster, device=replace(plan.cluster.device, memory_bytes=2**20)))
-        assert [p.partition(":")[0] for p in check(small)] == ["rank 0 does not fit", "rank 1 does not fit"]
+        problems = check(self.limited(plan, 2**20))
+        assert [p.partition(":")[0] for p in problems] == ["rank 0 does not fit", "rank 1 does not fit"]
 
 
 KEY = UnitKey(step=0, instance=0, bucket=0, unit=0)

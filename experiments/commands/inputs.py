@@ -1,0 +1,128 @@
+"""What commands read and where they write: plans, layouts, cost models, output places."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from muxtune.sim.cost.base import CostModel, cost_models, require_cost_model
+from muxtune.sim.cost.table import FittedTable, Table
+from muxtune.spec.cluster import Cluster
+from muxtune.spec.errors import InputError, UnknownKeyError
+from muxtune.spec.files import read_noun
+from muxtune.spec.layout import Layout, even_layout
+from muxtune.spec.model import ModelSpec
+from muxtune.spec.plan import Plan, Provenance
+
+#: Told (label, done, total).
+Progress = Callable[[str, int, int], None]
+
+COSTS = "costs.json"
+
+
+def silent(label: str, done: int, total: int) -> None:
+    """A Progress that says nothing."""
+
+
+def read_plan(path: Path) -> Plan:
+    """A Plan file.
+
+    Raises:
+        InputError: no such file, or no Plan of this version.
+    """
+    return read_noun(Plan, path)
+
+
+def choose_layout(model: ModelSpec, cluster: Cluster, tp: int, pp: int | None, dp: int) -> Layout:
+    """The layout of one instance; without `pp` as many stages as devices are left, at most one a layer.
+
+    Raises:
+        InputError: a degree below 1, more stages than layers, or more ranks than devices.
+    """
+    if tp < 1 or dp < 1 or (pp is not None and pp < 1):
+        raise InputError(f"tp={tp}, pp={pp}, dp={dp}: each must be at least 1")
+    stages = pp if pp is not None else max(1, min(cluster.size // (tp * dp), model.layers))
+    if tp * stages * dp > cluster.size:
+        raise InputError(
+            f"tp={tp} x pp={stages} x dp={dp} needs {tp * stages * dp} devices, cluster {cluster.name} has "
+            f"{cluster.size}: lower a degree or give a larger --cluster"
+        )
+    return even_layout(model, tp=tp, pp=stages, dp=dp)
+
+
+def layout_text(layout: Layout) -> str:
+    """`tp=1 pp=2 dp=1`."""
+    return f"tp={layout.tp} pp={layout.pp} dp={layout.dp}"
+
+
+def load_cost(reference: str, cluster: Cluster, allow_extrapolation: bool = False) -> CostModel:
+    """A cost model by name, or a fitted table: its file, a profile folder, or the name of a folder of `profiles`.
+
+    Raises:
+        UnknownKeyError: neither a cost model nor a file or folder. InputError: a profile of another device.
+    """
+    if reference in cost_models():
+        made = require_cost_model(reference)
+        if issubclass(made, Table):
+            raise InputError(f"--cost {reference}: needs a profile: give the folder that `muxtune profile --out` wrote")
+        model: CostModel = made()
+        return model
+    path = _costs_file(reference)
+    return Table(read_noun(FittedTable, path), cluster.device, allow_extrapolation)
+
+
+def _costs_file(reference: str) -> Path:
+    path = Path(reference)
+    if path.is_file():
+        return path
+    for folder in (path, *(root / reference for root in profile_roots())):
+        if (folder / COSTS).is_file():
+            return folder / COSTS
+    if path.is_dir():
+        raise InputError(f"--cost {reference}: holds no {COSTS}: run `muxtune profile --out {reference}`, it resumes")
+    names = [*cost_models(), *(p.name for root in profile_roots() for p in root.iterdir() if (p / COSTS).is_file())]
+    raise UnknownKeyError("cost model, profile folder or file", reference, names)
+
+
+def profile_roots() -> tuple[Path, ...]:
+    """Folders of recorded profiles: `profiles` here and beside the installed source."""
+    roots = (Path("profiles"), Path(__file__).resolve().parents[2] / "profiles")
+    return tuple({root.resolve(): root for root in roots if root.is_dir()})
+
+
+def output_folder(path: Path) -> Path:
+    """The folder, made if it is not there.
+
+    Raises:
+        InputError: something that is no folder is in the way.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {path}: not a directory, and none can be made: {error.strerror}") from error
+    return path
+
+
+def output_file(path: Path, option: str = "--out") -> Path:
+    """The path of a file to write, its folder made if it is not there.
+
+    Raises:
+        InputError: the path is a folder, or its parent is none.
+    """
+    if path.is_dir():
+        raise InputError(f"{option} {path}: is a directory: give the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{option} {path}: {path.parent} is not a directory: {error.strerror}") from error
+    return path
+
+
+def provenance(plan_seconds: float) -> Provenance:
+    """When, where and how long a plan was made."""
+    environment = f"muxtune {version('muxtune')}, Python {platform.python_version()}, {platform.system()}"
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return Provenance(plan_seconds=plan_seconds, created_utc=created, environment=f"{environment} {platform.machine()}")
