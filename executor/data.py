@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from muxtune.spec.align import Batch, Row
@@ -29,7 +30,7 @@ class BatchTensors:
     targets: tuple[tuple[str, Tensor], ...]
 
 
-def sample_tokens(row: Row, vocab: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def sample_tokens(row: Row, vocab: int) -> NDArray[np.int64]:
     """Token ids of a sample, a function of task, sample id and place only: data without text is seeded noise.
 
     Each token repeats its predecessor with probability one half, so that there is something to learn.
@@ -38,7 +39,8 @@ def sample_tokens(row: Row, vocab: int) -> np.ndarray[tuple[int], np.dtype[np.in
     fresh = rng.integers(0, vocab, row.raw_tokens)
     keep = rng.random(row.raw_tokens) < 0.5
     keep[:1] = True
-    return fresh[np.maximum.accumulate(np.where(keep, np.arange(row.raw_tokens), 0))]
+    tokens: NDArray[np.int64] = fresh[np.maximum.accumulate(np.where(keep, np.arange(row.raw_tokens), 0))]
+    return tokens
 
 
 def predicted_positions(row: Row) -> range:

@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 from muxtune.executor import messages
 from muxtune.executor.interpreter import Mark
+from muxtune.spec.catalogue import Subgraph, stage_subgraphs
 from muxtune.spec.errors import ExecutionError, InputError
 from muxtune.spec.layout import Layout
 from muxtune.spec.plan import Provenance
-from muxtune.spec.program import Bound
+from muxtune.spec.program import Bound, Instruction
 from muxtune.spec.timeline import Span, Timeline, span_op
 
 #: One OpenMP thread a rank, and a malloc that keeps freed memory: page faults double the time of large activations.
@@ -106,9 +107,8 @@ class WorkerGroup:
             if not ready:
                 self.close()
                 raise ExecutionError(f"ranks {sorted(open_ranks.values())} were silent for {self.timeout_s:.0f} s")
-            for connection in ready:
-                rank = open_ranks[connection]  # type: ignore[index]
-                answers[rank] = self._receive(connection, rank)
+            for rank in [r for c, r in open_ranks.items() if c in ready]:
+                answers[rank] = self._receive(self.connections[rank], rank)
         return [answers[r] for r in range(self.ranks)]
 
     def _receive(self, connection: Any, rank: int) -> Any:
@@ -166,13 +166,9 @@ class WorkerGroup:
 
 def measured_timeline(bound: Bound, results: list[messages.RankResult], environment: str = "") -> Timeline:
     """One Timeline from the ranks' marks; the machine's monotonic clock is common to them. Time 0 is the first start."""
-    lists = {r.rank: r.instructions for r in bound.program.ranks}
-    tasks = {w.key: w.tasks for w in bound.program.units}
     origin_ns = min(m.start_ns for r in results for m in r.marks)
-    spans: list[Span] = []
-    for result in results:
-        for mark in result.marks:
-            spans.append(_span(result.rank, mark, lists[result.rank], tasks, origin_ns))
+    names = _Names(bound)
+    spans = [names.span(r.rank, mark, origin_ns) for r in results for mark in r.marks]
     counted = [r.peak_bytes for r in results if r.peak_bytes is not None]
     return Timeline(
         source="executor",
@@ -185,17 +181,40 @@ def measured_timeline(bound: Bound, results: list[messages.RankResult], environm
     )
 
 
-def _span(rank: int, mark: Mark, instructions: Any, tasks: Any, origin_ns: int) -> Span:
-    x = instructions[mark.index]
-    carried = (x.task,) if x.op == "step" else tasks[x.key]
-    return Span(
-        rank=rank,
-        stream="p2p" if x.op in ("send", "recv") else "compute",
-        op=span_op(x),
-        index=mark.index,
-        key=x.key,
-        tasks=carried,
-        start_ns=mark.start_ns - origin_ns,
-        end_ns=mark.end_ns - origin_ns,
-        subgraph=mark.subgraph,
-    )
+class _Names:
+    """What a mark was: the instruction or launched subgraph behind it, and the tasks it carried."""
+
+    def __init__(self, bound: Bound) -> None:
+        self.plan = bound.plan
+        self.lists = {r.rank: r.instructions for r in bound.program.ranks}
+        self.works = {w.key: w for w in bound.program.units}
+
+    def span(self, rank: int, mark: Mark, origin_ns: int) -> Span:
+        """The Timeline's span of a mark, times relative to the first start."""
+        x = self.lists[rank][mark.index]
+        op, stream, tasks = span_op(x), "p2p" if x.op in ("send", "recv") else "compute", self._tasks(x, mark.htask)
+        if mark.subgraph >= 0:
+            subgraph = self._subgraph(rank, x, mark.subgraph)
+            op, stream = subgraph.name, "comm" if subgraph.kind == "collective" else "compute"
+        return Span(
+            rank=rank,
+            stream=stream,  # type: ignore[arg-type]
+            op=op,
+            index=mark.index,
+            key=x.key,
+            tasks=tasks,
+            start_ns=mark.start_ns - origin_ns,
+            end_ns=mark.end_ns - origin_ns,
+            subgraph=mark.subgraph,
+        )
+
+    def _tasks(self, x: Instruction, htask: int) -> tuple[str, ...]:
+        if x.op == "step":
+            return (x.task or "",)
+        batches = [b for b in self.works[x.key].batches if htask in (-1, b.htask)]
+        return tuple(task for b in batches for task, _, _ in b.segments())
+
+    def _subgraph(self, rank: int, x: Instruction, index: int) -> Subgraph:
+        instance = self.plan.instances[x.key.instance]
+        stage = instance.layout.stage_of(instance.devices.index(rank))
+        return stage_subgraphs(instance.layout, stage, "forward" if x.op == "forward" else "backward")[index]

@@ -109,7 +109,7 @@ class RankRun:
         counts = {task: self.denominators[task, step] for t in self.tensors[x.key].values() for task, _ in t.targets}
         for launch in self.launches[x.key.instance, x.key.bucket, "forward"]:
             if launch.htask in passages:
-                self._launch(index, launch, partial(stage.forward, passages[launch.htask], launch.subgraph, counts))
+                self.launch(index, launch, partial(stage.forward, passages[launch.htask], launch.subgraph, counts))
         for passage in passages.values():
             for task, loss in passage.losses.items():
                 at = (task, step)
@@ -122,12 +122,13 @@ class RankRun:
             passages[h].gradient = gradient
         for launch in self.launches[x.key.instance, x.key.bucket, "backward"]:
             if launch.htask in passages:
-                self._launch(index, launch, partial(stage.backward, passages[launch.htask], launch.subgraph))
+                self.launch(index, launch, partial(stage.backward, passages[launch.htask], launch.subgraph))
         if not stage.layout.is_first(stage.stage):
             self.inbox[x.key, "outgoing"] = self._join([p.gradient for p in passages.values()])
         del self.passages[x.key]
 
-    def _launch(self, index: int, launch: Launch, node: Callable[[], None]) -> None:
+    def launch(self, index: int, launch: Launch, node: Callable[[], None]) -> None:
+        """Run one launched subgraph and mark when it ran inside instruction `index`."""
         start_ns = time.perf_counter_ns()
         node()
         self.marks.append(

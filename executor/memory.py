@@ -14,7 +14,7 @@ def resident_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def allocation_peak(run: Callable[[], None], device: torch.device) -> int:
+def allocation_peak(run: Callable[[], object], device: torch.device) -> int:
     """Highest number of bytes allocated during `run` beyond those allocated before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

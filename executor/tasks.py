@@ -53,7 +53,8 @@ class TaskState:
 
 def as_array(tensor: torch.Tensor) -> Array:
     """A copy that can travel between processes."""
-    return tensor.detach().float().cpu().numpy().copy()
+    array: Array = tensor.detach().float().cpu().numpy().copy()
+    return array
 
 
 def register_task(stage: StageModel, task: Task, seed: int) -> TaskState:

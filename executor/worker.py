@@ -104,7 +104,7 @@ class Worker:
         cpu_ns, wall_ns = time.thread_time_ns(), time.perf_counter_ns()
         if message.memory:
             static_bytes = resident_bytes(_resident(loaded))
-            peak_bytes = static_bytes + allocation_peak(lambda: loaded.run.run() and None, self.device)
+            peak_bytes = static_bytes + allocation_peak(loaded.run.run, self.device)
         else:
             loaded.run.run()
         cpu_ns, wall_ns = time.thread_time_ns() - cpu_ns, time.perf_counter_ns() - wall_ns

@@ -93,7 +93,14 @@ class Study:
                 partial(*self.result(complete=index + 1 == len(self.layouts)))
         assert self.fitted is not None
         write_noun(self.fitted, self.out / "costs.json")
-        return self.result(complete=True)
+        result, pairs = self.result(complete=True)
+        write_noun(self._best(result.rows[-1].workload).bound.plan, self.out / "plan.json")
+        return result, pairs
+
+    def _best(self, workload: str) -> Planned:
+        """The plan with the least measured time for a workload."""
+        mine = [p for p in self.planned if p.workload.name == workload]
+        return min(mine, key=lambda p: self.measured[p.name].ratio)
 
     def _operator_rounds(self, profiling: Profiling, part: int, parts: int) -> None:
         until = -(-self.config.profile_rounds * part // parts)

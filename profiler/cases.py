@@ -47,7 +47,8 @@ def layer_batch(task: Task, tokens: int) -> Batch:
 
 def octaves(low: int, high: int) -> tuple[int, ...]:
     """Powers of two from below `low` to at least `high`."""
-    start, sizes = 1 << (low.bit_length() - 1), []
+    start = 1 << (low.bit_length() - 1)
+    sizes: list[int] = []
     while not sizes or sizes[-1] < high:
         sizes.append(start << len(sizes))
     return tuple(sizes)

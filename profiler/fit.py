@@ -53,7 +53,9 @@ def _medians(rows: pd.DataFrame, reference_ns: int) -> Medians:
     """(case, direction) → median ratio to the reference, back in ns, with its p20–p80 spread. Size is filled in later."""
     rows = rows.assign(ratio=rows["wall_ns"] / rows["reference_ns"])
     grouped = rows.groupby(["case", "direction"], sort=True)["ratio"]
-    quantiles = grouped.quantile([0.2, 0.5, 0.8]).unstack()
+    quantiles = pd.DataFrame(
+        {name: grouped.quantile(share) for name, share in (("low", 0.2), ("middle", 0.5), ("high", 0.8))}
+    )
     found: Medians = {}
     for (case, direction), low, middle, high in quantiles.itertuples(name=None):
         spread = (high - low) / middle if middle else 0.0

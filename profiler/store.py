@@ -51,7 +51,8 @@ class Store:
             found = read_noun(Meta, path)
             if found.key != meta.key:
                 raise InputError(
-                    f"{path}: holds a profile of another workload, device or library versions; choose another --out or delete the folder"
+                    f"{path}: holds a profile of another workload, device or library versions; "
+                    "choose another --out or delete the folder"
                 )
         else:
             write_noun(meta, path)

@@ -113,28 +113,40 @@ def stage_run(
 
 def _block(cost: CostModel, site: Site, way: Way, launch: Launch, ops: Iterable[Op], ledger: Ledger) -> Block:
     """Price one launch: the launch itself, then its operators issued one after the other."""
-    on_cpu = site.device.is_cpu
-    price = cost.latency(host("launch", way), site.device)
-    ledger.add("launch", price)
-    issued_ns = price.p50_ns + price.host_ns
-    first_ns, device_ns, tail_ns = None, issued_ns if on_cpu else 0, issued_ns
+    start = cost.latency(host("launch", way), site.device)
+    ledger.add("launch", start)
+    prices: list[Cost] = []
     for op in ops:
-        price = _price(cost, site, op)
-        ledger.add(op.family, price)
-        issued_ns += price.host_ns
-        first_ns = issued_ns if first_ns is None else first_ns
-        device_ns += price.p50_ns + (price.host_ns if on_cpu else 0)
-        tail_ns = max(tail_ns, issued_ns) + price.p50_ns
+        prices.append(_price(cost, site, op))
+        ledger.add(op.family, prices[-1])
+    shape = _on_cpu(start, prices) if site.device.is_cpu else _beside_host(start, prices)
+    first_ns, host_ns, device_ns, tail_ns = shape
     return Block(
         htask=launch.htask,
         subgraph=launch.subgraph,
         stream=launch.stream,
-        resource="compute" if on_cpu else launch.stream,
-        first_ns=0 if on_cpu else issued_ns if first_ns is None else first_ns,
-        host_ns=0 if on_cpu else issued_ns,
+        resource="compute" if site.device.is_cpu else launch.stream,
+        first_ns=first_ns,
+        host_ns=host_ns,
         device_ns=device_ns,
-        tail_ns=device_ns if on_cpu else tail_ns,
+        tail_ns=tail_ns,
     )
+
+
+def _on_cpu(start: Cost, prices: Sequence[Cost]) -> tuple[int, int, int, int]:
+    """(first, host, device, tail) where the host is the device: all of it is device time."""
+    device_ns = sum(price.p50_ns + price.host_ns for price in (start, *prices))
+    return 0, 0, device_ns, device_ns
+
+
+def _beside_host(start: Cost, prices: Sequence[Cost]) -> tuple[int, int, int, int]:
+    """(first, host, device, tail) where the host issues kernel after kernel while the device works."""
+    launched_ns = issued_ns = tail_ns = start.p50_ns + start.host_ns
+    for price in prices:
+        issued_ns += price.host_ns
+        tail_ns = max(tail_ns, issued_ns) + price.p50_ns
+    first_ns = launched_ns + (prices[0].host_ns if prices else 0)
+    return first_ns, issued_ns, sum(price.p50_ns for price in prices), tail_ns
 
 
 def _price(cost: CostModel, site: Site, op: Op) -> Cost:

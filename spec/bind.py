@@ -28,7 +28,7 @@ def bind_draw(plan: Plan, draw: Draw, first_step: int = 0) -> Bound:
     units: list[UnitWork] = []
     lists: dict[int, list[Instruction]] = {device: [] for i in plan.instances for device in i.devices}
     tags = _Tags()
-    for index, instance in enumerate(plan.instances):
+    for instance in plan.instances:
         if draw.steps % instance.steps:
             raise PlanError(
                 f"instance {instance.name}: its order covers {instance.steps} steps, which does not divide {draw.steps}"
@@ -141,6 +141,7 @@ def _all_launches(plan: Plan) -> Iterable[StageLaunches]:
     for i, instance in enumerate(plan.instances):
         for b, bucket in enumerate(instance.buckets):
             for stage in range(instance.layout.pp):
-                stated = [x for x in bucket.launches if x.stage == stage]
-                for x in stated or serial_launches(instance, bucket, stage):
+                stated = {x.direction: x for x in bucket.launches if x.stage == stage}
+                for serial in serial_launches(instance, bucket, stage):
+                    x = stated.get(serial.direction, serial)
                     yield StageLaunches(instance=i, bucket=b, stage=stage, direction=x.direction, launches=x.launches)

@@ -222,10 +222,16 @@ def subgraph_ops(
     size_bytes = batch.tokens * context.model.hidden * context.model.element_bytes
     for subgraph in stage_subgraphs(context.layout, context.stage, direction):
         if subgraph.kind == "collective":
-            found.append((ops.message("all_reduce", size_bytes, (context.layout.tp,)),))
+            reduced = direction == "forward" or _input_gradient(*by_piece[subgraph.pieces[0]])
+            found.append((ops.message("all_reduce", size_bytes, (context.layout.tp,)),) if reduced else ())
         else:
             found.append(tuple(op for piece in subgraph.pieces for op in by_piece[piece][index]))
     return tuple(found)
+
+
+def _input_gradient(forward: tuple[Op, ...], backward: tuple[Op, ...]) -> bool:
+    """Whether a gradient leaves the piece: every linear of it has an input gradient."""
+    return sum(op.family == "linear" for op in forward) == sum(op.family == "linear" for op in backward)
 
 
 def adapter_sizes(context: StageContext, task: str) -> tuple[int, int]:

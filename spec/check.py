@@ -69,7 +69,10 @@ def _layout(plan: Plan, instance: Instance) -> Iterator[str]:
     if sum(layout.layers_per_stage) != model.layers:
         yield f"{name}: layers_per_stage sums to {sum(layout.layers_per_stage)}, model {model.name} has {model.layers} layers"
     if layout.dp > 1 or layout.sequence_parallel:
-        yield f"{name}: dp={layout.dp}, sequence_parallel={layout.sequence_parallel}: Programs are compiled for dp=1 without sequence parallelism"
+        yield (
+            f"{name}: dp={layout.dp}, sequence_parallel={layout.sequence_parallel}: "
+            "Programs are compiled for dp=1 without sequence parallelism"
+        )
     for field in ("heads", "kv_heads", "ffn_hidden", "vocab"):
         if getattr(model, field) % layout.tp:
             yield f"{name}: tp={layout.tp} does not divide {field}={getattr(model, field)} of {model.name}"
@@ -84,12 +87,13 @@ def _slots(plan: Plan, instance: Instance) -> Iterator[str]:
         for u, unit in enumerate(bucket.units):
             if not any(p.slots for p in unit.parts):
                 yield f"instance {instance.name}: unit {u} of bucket {b} has no samples: leave it out"
+            place = f"instance {instance.name}: unit {u} of bucket {b}"
             for part in unit.parts:
                 used.update((part.task, s) for s in part.slots)
                 if part.htask not in bucket.htasks or not 0 <= part.htask < len(instance.htasks):
-                    yield f"instance {instance.name}: unit {u} of bucket {b} names hTask {part.htask}, which is not in that bucket"
+                    yield f"{place} names hTask {part.htask}, which is not in that bucket"
                 elif part.task not in instance.htasks[part.htask].tasks:
-                    yield f"instance {instance.name}: unit {u} of bucket {b} runs task {part.task} in hTask {part.htask}, which does not hold it"
+                    yield f"{place} runs task {part.task} in hTask {part.htask}, which does not hold it"
     known = {t.task_id: t.global_batch_samples for t in plan.workload.tasks}
     for task in instance.tasks:
         slots = [used.pop((task, s), 0) for s in range(known.get(task, 0))]

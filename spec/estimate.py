@@ -19,7 +19,7 @@ class Estimate:
     """One Program's figures. Rates count over `iteration_ns` = Program time / optimizer steps.
 
     `spread` is the relative standard deviation of iteration_ns over draws; token counts are per iteration, averaged over
-    the draws. Fractions are of device-time, except `exposed_comm_fraction` and `host_bound_fraction` (of Program time) and
+    the draws. Fractions are of device-time (ranks × Program time), except
     `extrapolated_fraction` (of predicted time). `relative_error` is propagated from the cost model.
     """
 

@@ -104,8 +104,9 @@ def validate(noun: type[T], data: Any, place: str) -> T:
         text = json.dumps(data, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InputError(f"{place}: holds a value that JSON does not have: {error}") from error
+    hashable: Any = noun
     try:
-        return _adapter(noun).validate_json(text, strict=True)  # type: ignore[no-any-return]
+        return _adapter(hashable).validate_json(text, strict=True)  # type: ignore[no-any-return]
     except ValidationError as error:
         raise InputError(f"{place}: {_sentence(error)}") from error
 

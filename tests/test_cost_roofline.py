@@ -11,7 +11,7 @@ from muxtune.sim.cost.roofline import Roofline, usual_link
 from muxtune.spec import ops
 from muxtune.spec.cluster import LINKS, DeviceSpec, device_presets
 from muxtune.spec.errors import InputError
-from muxtune.spec.ops import Op
+from muxtune.spec.ops import Direction, Op
 
 #: 1 PFLOP/s attainable at 0.6 of the peak, 0.75 TB/s attainable of 1 TB/s, 400 W above idle.
 DEVICE = DeviceSpec(
@@ -43,20 +43,20 @@ def fixed(flops: int, moved_bytes: int) -> Op:
     )
 
 
-def test_compute_bound_and_bandwidth_bound_by_hand():
+def test_compute_bound_and_bandwidth_bound_by_hand() -> None:
     assert Roofline().latency(fixed(6 * 10**14, 0), DEVICE).p50_ns == 10**9
     assert Roofline().latency(fixed(1, 75 * 10**10), DEVICE).p50_ns == 10**9
     assert Roofline().latency(fixed(1, 1), DEVICE).p50_ns == 1
 
 
-def test_it_says_that_nothing_was_measured():
+def test_it_says_that_nothing_was_measured() -> None:
     model = Roofline()
     assert isinstance(model, CostModel)
     assert (model.model_id, model.calibrated) == ("roofline", False)
     assert model.latency(fixed(1, 1), DEVICE).relative_error == 0.5
 
 
-def test_host_issues_one_launch_a_kernel():
+def test_host_issues_one_launch_a_kernel() -> None:
     forward = ops.lora(8, (16, 16), 4, "forward", "fp16", 2)
     backward = ops.lora(8, (16, 16), 4, "backward", "fp16", 2)
     assert Roofline().latency(fixed(1, 1), DEVICE).host_ns == 5000
@@ -74,12 +74,12 @@ def test_host_issues_one_launch_a_kernel():
         ops.message("recv", 8),
     ],
 )
-def test_host_families_have_no_data_sheet_price(op: Op):
+def test_host_families_have_no_data_sheet_price(op: Op) -> None:
     price = Roofline().latency(op, DEVICE)
     assert (price.p50_ns, price.host_ns, price.joules) == (0, 0, 0.0)
 
 
-def test_ring_and_p2p_by_hand():
+def test_ring_and_p2p_by_hand() -> None:
     link = LINKS["ib"]  # 12.5 GB/s, 15 µs
     assert Roofline().link_latency(ops.message("p2p", 125_000_000), link).p50_ns == 15_000 + 10_000_000
     ring = Roofline().link_latency(ops.message("all_reduce", 125_000_000, (4,)), link)
@@ -87,12 +87,12 @@ def test_ring_and_p2p_by_hand():
     assert Roofline().link_latency(ops.message("all_reduce", 4, (2,)), link).p50_ns == 2 * 15_000 + 1
 
 
-def test_only_messages_travel_over_links():
+def test_only_messages_travel_over_links() -> None:
     with pytest.raises(InputError, match="'linear' does not travel over a link"):
         Roofline().link_latency(fixed(1, 1), LINKS["ib"])
 
 
-def test_a_collective_without_a_link_uses_the_devices_own():
+def test_a_collective_without_a_link_uses_the_devices_own() -> None:
     op = ops.message("all_reduce", 10**6, (2,))
     for device in (*device_presets().values(), DEVICE):
         assert Roofline().latency(op, device) == Roofline().link_latency(op, usual_link(device))
@@ -100,14 +100,14 @@ def test_a_collective_without_a_link_uses_the_devices_own():
     assert usual_link(device_presets()["cpu"]).kind == "local"
 
 
-def test_energy_above_idle_by_hand():
+def test_energy_above_idle_by_hand() -> None:
     # 1 s at the attainable 0.6 of the peak: 0.6 of the 400 W above idle.
     assert Roofline().latency(fixed(6 * 10**14, 0), DEVICE).joules == pytest.approx(240.0)
     assert Roofline().latency(fixed(0, 75 * 10**10), DEVICE).joules == pytest.approx(300.0)
 
 
 @given(tokens, grown, directions)
-def test_latency_grows_with_size(small: int, more: int, direction: str):
+def test_latency_grows_with_size(small: int, more: int, direction: Direction) -> None:
     def prices(n: int) -> list[int]:
         calls = (
             ops.linear(n, (768, 3072), False, direction, "fp16", 2),

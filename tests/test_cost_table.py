@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,13 +23,11 @@ CPU = device_presets()["cpu"]
 GPU = device_presets()["A100"]
 
 
-def curve(
-    family: str, measured: dict[tuple[int, ...] | int, int], shape: tuple[int, ...] = (), **more: object
-) -> Curve:
+def curve(family: str, measured: Mapping[Any, int], shape: tuple[int, ...] = (), **more: Any) -> Curve:
     points = tuple(
         Point(size=size if isinstance(size, tuple) else (size,), p50_ns=ns, spread=0.1) for size, ns in measured.items()
     )
-    filled: dict[str, object] = {"direction": "forward", "dtype": "fp32", **more}
+    filled: dict[str, Any] = {"direction": "forward", "dtype": "fp32", **more}
     return Curve(family=family, shape=shape, points=points, **filled)
 
 
@@ -52,7 +52,7 @@ NORM = curve("rmsnorm", {16: 1000, 64: 4000, 256: 16_000}, (64,))
 
 
 @given(st.dictionaries(st.integers(1, 10**5), st.integers(1, 10**9), min_size=1, max_size=8))
-def test_measured_points_are_returned_to_the_nanosecond(measured: dict[int, int]):
+def test_measured_points_are_returned_to_the_nanosecond(measured: dict[int, int]) -> None:
     model = table(curve("linear", measured, (64, 64, 0)))
     assert {n: model.latency(linear(n), CPU).p50_ns for n in measured} == measured
 
@@ -62,7 +62,7 @@ def test_measured_points_are_returned_to_the_nanosecond(measured: dict[int, int]
     st.lists(st.integers(1, 10**7), min_size=6, max_size=6),
     st.data(),
 )
-def test_monotone_measurements_give_a_monotone_curve(sizes: set[int], times: list[int], data: st.DataObject):
+def test_monotone_measurements_give_a_monotone_curve(sizes: set[int], times: list[int], data: st.DataObject) -> None:
     measured = dict(zip(sorted(sizes), sorted(times), strict=False))
     model = table(curve("linear", measured, (64, 64, 0)))
     asked = sorted(data.draw(st.lists(st.integers(min(sizes), max(sizes)), min_size=2, max_size=10)))
@@ -70,7 +70,7 @@ def test_monotone_measurements_give_a_monotone_curve(sizes: set[int], times: lis
     assert found == sorted(found)
 
 
-def test_constant_efficiency_follows_the_roofline_between_points():
+def test_constant_efficiency_follows_the_roofline_between_points() -> None:
     efficiency = 0.25
     sizes = (16, 512)
     exact = {n: round(roofline_ns(linear(n), CPU) / efficiency) for n in sizes}
@@ -79,13 +79,13 @@ def test_constant_efficiency_follows_the_roofline_between_points():
         assert model.latency(linear(n), CPU).p50_ns == pytest.approx(roofline_ns(linear(n), CPU) / efficiency, rel=1e-4)
 
 
-def test_halfway_in_log_size_by_hand():
+def test_halfway_in_log_size_by_hand() -> None:
     # Pointwise work is proportional to tokens. Efficiency falls 4x from 16 to 256 tokens, so 2x at 64: 64 · 100 · 2.
     model = table(curve("rmsnorm", {16: 1600, 256: 102_400}, (64,)))
     assert model.latency(norm(64), CPU).p50_ns == 12_800
 
 
-def test_outside_the_measured_range_is_refused_with_the_remedy():
+def test_outside_the_measured_range_is_refused_with_the_remedy() -> None:
     model = table(LINEAR)
     for tokens in (15, 257):
         with pytest.raises(ExtrapolationError) as refused:
@@ -96,7 +96,7 @@ def test_outside_the_measured_range_is_refused_with_the_remedy():
         )
 
 
-def test_allowed_extrapolation_keeps_the_nearest_efficiency_and_is_flagged():
+def test_allowed_extrapolation_keeps_the_nearest_efficiency_and_is_flagged() -> None:
     model = table(LINEAR, allow_extrapolation=True)
     far, inside = model.latency(linear(1024), CPU), model.latency(linear(256), CPU)
     assert (far.extrapolated, inside.extrapolated) == (True, False)
@@ -105,14 +105,14 @@ def test_allowed_extrapolation_keeps_the_nearest_efficiency_and_is_flagged():
 
 
 @pytest.mark.parametrize("allow_extrapolation", [False, True])
-def test_an_unmeasured_group_is_never_guessed(allow_extrapolation: bool):
+def test_an_unmeasured_group_is_never_guessed(allow_extrapolation: bool) -> None:
     model = table(LINEAR, allow_extrapolation=allow_extrapolation)
     wide = ops.linear(64, (64, 128), False, "forward", "fp32", 4)
     with pytest.raises(ExtrapolationError, match=r"linear forward fp32 \(in=64, out=128, bias=0\) was not measured"):
         model.latency(wide, CPU)
 
 
-def test_remainders_may_be_negative_and_are_priced_at_least_0():
+def test_remainders_may_be_negative_and_are_priced_at_least_0() -> None:
     model = table(curve("layer_overhead", {16: -100, 32: 100, 64: 300}, (64, 128)))
 
     def at(tokens: int) -> int:
@@ -121,7 +121,7 @@ def test_remainders_may_be_negative_and_are_priced_at_least_0():
     assert [at(n) for n in (16, 20, 24, 28, 32, 48, 64)] == [0, 0, 0, 50, 100, 200, 300]
 
 
-def test_host_constants():
+def test_host_constants() -> None:
     model = table(
         curve("launch", {1: 7}, dtype="host"), curve("instruction", {1: 9}, dtype="host", direction="backward")
     )
@@ -142,7 +142,7 @@ def attention_curve(sizes: list[tuple[int, int]], efficiency: float = 0.5) -> Cu
 GRID = [(rows, length) for rows in (1, 4, 16) for length in (32, 128, 512)]
 
 
-def test_attention_is_interpolated_in_rows_and_length():
+def test_attention_is_interpolated_in_rows_and_length() -> None:
     model = table(attention_curve(GRID))
     for size in [*GRID, (2, 64), (5, 300), (16, 33), (1, 511)]:
         expected = 2 * roofline_ns(attention(*size), CPU)
@@ -151,7 +151,7 @@ def test_attention_is_interpolated_in_rows_and_length():
         model.latency(attention(17, 31), CPU)
 
 
-def test_attention_by_hand_at_the_centre_of_four_corners():
+def test_attention_by_hand_at_the_centre_of_four_corners() -> None:
     measured = {(1, 32): 1000, (4, 32): 8000, (1, 128): 32_000, (4, 128): 256_000}
     # Compute-bound work is a power law of rows and length, so the log-centre is the geometric mean of the corners.
     device = dataclasses.replace(CPU, bandwidth_bytes_per_s=10**15)
@@ -160,12 +160,12 @@ def test_attention_by_hand_at_the_centre_of_four_corners():
     assert model.latency(attention(2, 64), device).p50_ns == round(expected)
 
 
-def test_an_attention_grid_with_a_hole_is_refused():
+def test_an_attention_grid_with_a_hole_is_refused() -> None:
     with pytest.raises(InputError, match=r"no full grid: \(4, 128\) is missing \(and 0 more\)"):
         table(attention_curve([s for s in GRID if s != (4, 128)]))
 
 
-def test_links_use_the_measured_messages():
+def test_links_use_the_measured_messages() -> None:
     model = table(curve("p2p", {1000: 5000, 100_000: 50_000}, dtype="bytes"))
     assert model.link_latency(ops.message("p2p", 1000), LINKS["local"]).p50_ns == 5000
     with pytest.raises(ExtrapolationError, match=r"all_reduce forward bytes \(ranks=2\) was not measured"):
@@ -174,33 +174,33 @@ def test_links_use_the_measured_messages():
         model.link_latency(linear(16), LINKS["local"])
 
 
-def test_links_fall_back_to_the_data_sheet_only_when_extrapolation_is_allowed():
+def test_links_fall_back_to_the_data_sheet_only_when_extrapolation_is_allowed() -> None:
     price = table(LINEAR, allow_extrapolation=True).link_latency(ops.message("p2p", 12_500), LINKS["ib"])
     assert (price.p50_ns, price.extrapolated) == (15_000 + 1000, True)
 
 
-def test_left_out_points_of_perfect_data_cost_nothing():
+def test_left_out_points_of_perfect_data_cost_nothing() -> None:
     exact = curve("rmsnorm", {n: 100 * n for n in (16, 32, 64, 128)}, (64,))
     assert leave_one_out(exact, CPU) == pytest.approx((0.0, 0.0))
     assert max(leave_one_out(attention_curve(GRID), CPU)) < 1e-3
 
 
-def test_left_out_point_by_hand():
+def test_left_out_point_by_hand() -> None:
     # Without 64 tokens the neighbours say 64 · 100; measured is 8000: |6400 − 8000| / 8000.
     bent = curve("rmsnorm", {16: 1600, 64: 8000, 256: 25_600}, (64,))
     assert leave_one_out(bent, CPU) == pytest.approx((0.2,))
 
 
-def test_attention_leaves_out_whole_rows_and_lengths():
+def test_attention_leaves_out_whole_rows_and_lengths() -> None:
     # One interior number of rows (3 points) and one interior length (3 points).
     assert len(leave_one_out(attention_curve(GRID), CPU)) == 6
 
 
-def test_a_remainder_near_0_is_held_against_its_largest_measurement():
+def test_a_remainder_near_0_is_held_against_its_largest_measurement() -> None:
     assert leave_one_out(curve("layer_overhead", {16: 0, 32: 0, 48: 200}, (8, 8)), CPU) == pytest.approx((0.5,))
 
 
-def test_family_errors_are_stored_and_used():
+def test_family_errors_are_stored_and_used() -> None:
     bent = curve("rmsnorm", {16: 1600, 64: 8000, 256: 25_600}, (64,))
     fitted = fit_table([bent, curve("linear", {16: 10, 64: 40}, (64, 64, 0))], CPU, 1000)
     by_family = {f.family: f for f in fitted.families}
@@ -211,7 +211,7 @@ def test_family_errors_are_stored_and_used():
     assert model.latency(linear(20), CPU).relative_error == 0.1  # the spread, where nothing could be left out
 
 
-def test_host_time_is_within_on_a_cpu_and_beside_on_a_gpu():
+def test_host_time_is_within_on_a_cpu_and_beside_on_a_gpu() -> None:
     assert table(LINEAR).latency(linear(16), CPU).host_ns == 0
     assert table(LINEAR, device=GPU).latency(linear(16), GPU).host_ns == GPU.launch_ns
     points = tuple(Point(size=p.size, p50_ns=p.p50_ns, spread=0.1, host_ns=7000 + p.size[0]) for p in LINEAR.points)
@@ -219,14 +219,14 @@ def test_host_time_is_within_on_a_cpu_and_beside_on_a_gpu():
     assert table(measured, device=GPU).latency(linear(16), GPU).host_ns == 7064
 
 
-def test_another_device_is_refused():
+def test_another_device_is_refused() -> None:
     with pytest.raises(InputError, match="measured on cpu, not on A100: profile A100"):
         Table(fit_table([LINEAR], CPU, 1000), GPU)
     with pytest.raises(InputError, match="has no figures for A100"):
         table(LINEAR).latency(linear(16), GPU)
 
 
-def test_the_id_names_device_and_content_but_not_provenance():
+def test_the_id_names_device_and_content_but_not_provenance() -> None:
     plain = fit_table([LINEAR], CPU, 1000)
     elsewhere = fit_table([LINEAR], CPU, 1000, Provenance(environment="another host"))
     other = fit_table([NORM], CPU, 1000)
@@ -236,7 +236,7 @@ def test_the_id_names_device_and_content_but_not_provenance():
     assert Table(plain, CPU).calibrated
 
 
-def test_a_table_survives_its_file(tmp_path: Path):
+def test_a_table_survives_its_file(tmp_path: Path) -> None:
     fitted = fit_table([LINEAR, NORM, attention_curve(GRID)], CPU, 1234, Provenance(environment="here"))
     write_noun(fitted, tmp_path / "table.json")
     assert read_noun(FittedTable, tmp_path / "table.json") == fitted
@@ -254,6 +254,6 @@ def test_a_table_survives_its_file(tmp_path: Path):
         (lambda: FittedTable(version=2, device="cpu", reference_ns=1, curves=(), families=()), "reads version 1"),
     ],
 )
-def test_wrong_measurements_are_refused(build, message: str):
+def test_wrong_measurements_are_refused(build: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()

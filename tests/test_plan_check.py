@@ -304,7 +304,9 @@ class TestProgram:
         assert found == ("two sends carry tag 7 (ranks [0, 0]): tags must be unique",)
 
     def test_no_counterpart(self) -> None:
-        assert check_program(program((message("send", 1, 7),), ())) == ("the send with tag 7 on rank 0 has no counterpart",)
+        assert check_program(program((message("send", 1, 7),), ())) == (
+            "the send with tag 7 on rank 0 has no counterpart",
+        )
 
     def test_wrong_counterpart(self) -> None:
         found = check_program(program((message("send", 2, 7),), (message("recv", 0, 7),), ()))

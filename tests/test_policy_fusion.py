@@ -121,9 +121,7 @@ def test_paper_equals_brute_force_on_its_recurrence(case: tuple[str, Table]) -> 
 @given(TABLES)
 def test_one_stage_makes_both_charges_equal(case: tuple[str, Table]) -> None:
     order, table = case
-    one = Table(
-        stages=1, microbatches=table.microbatches, stage_ns={g: (max(t),) for g, t in table.stage_ns.items()}
-    )
+    one = Table(stages=1, microbatches=table.microbatches, stage_ns={g: (max(t),) for g, t in table.stage_ns.items()})
     assert value_ns(one, paper_partition(one, order)) == value_ns(one, exact_partition(one, order))
 
 

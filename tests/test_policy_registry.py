@@ -15,7 +15,7 @@ from muxtune.spec import registry
 from muxtune.spec.check import check
 from muxtune.spec.errors import DuplicateKeyError, InputError, UnknownKeyError
 
-MINE = '''
+MINE = """
 from muxtune.policies.base import Policy
 from muxtune.policies.build import make_instance, make_plan
 from muxtune.spec.noun import noun
@@ -36,7 +36,7 @@ class MyPolicy(Policy):
         groups = [ids[i : i + self.config.width] for i in range(0, len(ids), self.config.width)]
         instance = make_instance(state, "mine", groups, [[h] for h in range(len(groups))])
         return make_plan(self, "mine", state, [instance])
-'''
+"""
 
 
 @pytest.fixture(params=["", "from __future__ import annotations\n"], ids=["types", "texts"])

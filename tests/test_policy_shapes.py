@@ -79,7 +79,9 @@ def test_greedy_runs_the_largest_bucket_first(state: Any) -> None:
 
 
 def test_solver_records(state: Any) -> None:
-    statuses = {r: plan(r, state).made_by.solver.status for r in ("muxtune", "muxtune:charge=exact", "greedy", "random")}
+    statuses = {
+        r: plan(r, state).made_by.solver.status for r in ("muxtune", "muxtune:charge=exact", "greedy", "random")
+    }
     assert statuses == {
         "muxtune": "exact for its recurrence (charge paper)",
         "muxtune:charge=exact": "exact for its recurrence (charge exact)",

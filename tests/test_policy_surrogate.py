@@ -63,7 +63,15 @@ class Narrow(Uneven):
     size=st.integers(1, 6),
 )
 def test_latency_equals_the_sum_over_operators(
-    model: str, shape: Any, alignment: Any, cluster: str, microbatches: int, picks: Any, size: int, tiny_state: Any, tiny_workload: Any
+    model: str,
+    shape: Any,
+    alignment: Any,
+    cluster: str,
+    microbatches: int,
+    picks: Any,
+    size: int,
+    tiny_state: Any,
+    tiny_workload: Any,
 ) -> None:
     workload = tiny_workload(6, model=model, targets=TARGETS, samples=(1, 2, 5))
     state = tiny_state(workload, tp=shape[0], pp=shape[1], microbatches=microbatches, cluster=cluster)
@@ -118,7 +126,10 @@ def test_htasks_that_do_not_fit_are_not_fused(tiny_state: Any, tiny_workload: An
 
 
 def test_a_task_too_big_alone_is_named(tiny_state: Any, fake_cost: Any) -> None:
-    with pytest.raises(InfeasibleError, match=r"task t0 does not fit as an hTask of its own: rank 0 needs 16\.9 MiB .* cpu has 8\.00 MiB"):
+    with pytest.raises(
+        InfeasibleError,
+        match=r"task t0 does not fit as an hTask of its own: rank 0 needs 16\.9 MiB .* cpu has 8\.00 MiB",
+    ):
         make_policy("greedy", fake_cost()).plan(tiny_state(memory_bytes=8 * 2**20))
 
 
@@ -144,7 +155,9 @@ def set_partitions(tasks: tuple[str, ...]) -> Iterator[Partition]:
 
 
 @pytest.mark.parametrize("fixed_ns", [0, 10, 1000, 100_000])
-def test_no_planner_beats_brute_force(fixed_ns: int, tiny_state: Any, tiny_workload: Any, fake_cost: Callable[..., Any]) -> None:
+def test_no_planner_beats_brute_force(
+    fixed_ns: int, tiny_state: Any, tiny_workload: Any, fake_cost: Callable[..., Any]
+) -> None:
     cost = fake_cost(fixed_ns=fixed_ns, flops_per_ns=60)
     state = tiny_state(tiny_workload(6), pp=2, microbatches=2)
     surrogate = Surrogate(cost, state, "pad")

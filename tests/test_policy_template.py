@@ -83,7 +83,9 @@ def test_schedule_keeps_the_least_makespan(tiny_state: Callable[..., Any], fake_
     assert schedule(surrogate, groups).template.makespan_ns == min(makespans)
 
 
-def test_equal_stages_take_the_textbook_time(tiny_state: Callable[..., Any], tiny_workload: Any, fake_cost: Any) -> None:
+def test_equal_stages_take_the_textbook_time(
+    tiny_state: Callable[..., Any], tiny_workload: Any, fake_cost: Any
+) -> None:
     """One stage: every pair runs back to back, whatever the order."""
     state = tiny_state(tiny_workload(3, samples=(4,)), microbatches=4)
     surrogate = Surrogate(fake_cost(flops_per_ns=50), state, "pad")

@@ -16,6 +16,7 @@ from muxtune.sim.pipeline import run_pipeline
 from muxtune.sim.priced import Channel, Priced, PricedProgram, PricedRank, RunTimes, alone_ns, price, slowest_link
 from muxtune.sim.recurrence import recur, recur_blocks
 from muxtune.sim.stage import StageCache, run_blocks
+from muxtune.spec.align import ALIGNMENTS, Alignment
 from muxtune.spec.bind import bind, stage_orders
 from muxtune.spec.check import check
 from muxtune.spec.cluster import DeviceSpec, Link, device_presets, parse_cluster
@@ -69,7 +70,7 @@ def program(*ranks: PricedRank, channels: tuple[Channel, ...] = (), meetings: tu
     return PricedProgram(ranks=ranks, channels=channels, meetings=meetings)
 
 
-def test_two_stages_with_p2p_by_hand():
+def test_two_stages_with_p2p_by_hand() -> None:
     # forward 10, backward 20, handing over 1, link 5, taking over 2.
     found = both(
         program(
@@ -84,7 +85,7 @@ def test_two_stages_with_p2p_by_hand():
     )
 
 
-def test_a_channel_carries_one_message_at_a_time():
+def test_a_channel_carries_one_message_at_a_time() -> None:
     # Sent at 10 and 20, each takes 100 on the link: the second starts when the first has arrived.
     found = both(
         program(
@@ -96,7 +97,7 @@ def test_a_channel_carries_one_message_at_a_time():
     assert found[1] == ((0, 110), (110, 210))
 
 
-def test_opposite_and_different_payload_channels_do_not_wait_for_each_other():
+def test_opposite_and_different_payload_channels_do_not_wait_for_each_other() -> None:
     found = both(
         program(
             rank(0, send(0), send(1), recv(2)),
@@ -112,7 +113,7 @@ def test_opposite_and_different_payload_channels_do_not_wait_for_each_other():
     assert found[1] == ((0, 0), (0, 100), (100, 100))
 
 
-def test_a_receive_is_posted_one_unit_ahead_and_no_more():
+def test_a_receive_is_posted_one_unit_ahead_and_no_more() -> None:
     # Both messages are sent at 0. The second starts only when the first receive has completed (at 30 with its host work),
     # so it is not there when the forward ends at 40 but at 30 + 25.
     found = both(
@@ -125,7 +126,7 @@ def test_a_receive_is_posted_one_unit_ahead_and_no_more():
     assert found[1] == ((0, 30), (30, 40), (40, 60))
 
 
-def test_a_message_travels_under_the_receivers_compute():
+def test_a_message_travels_under_the_receivers_compute() -> None:
     found = both(
         program(
             rank(0, forward(10), send()),
@@ -136,19 +137,19 @@ def test_a_message_travels_under_the_receivers_compute():
     assert found[1] == ((0, 100), (100, 100), (100, 110))
 
 
-def test_sends_are_asynchronous():
+def test_sends_are_asynchronous() -> None:
     found = both(program(rank(0, send(0, 1), forward(10)), rank(1, recv()), channels=(channel(1000),)))
     assert found == (((0, 1), (1, 11)), ((0, 1001),))
 
 
-def test_a_step_is_a_meeting_and_its_span_starts_when_the_rank_reaches_it():
+def test_a_step_is_a_meeting_and_its_span_starts_when_the_rank_reaches_it() -> None:
     found = both(
         program(rank(0, forward(10), step(7)), rank(1, forward(30), step(9)), rank(2, forward(90)), meetings=(2,))
     )
     assert found == (((0, 10), (10, 37)), ((0, 30), (30, 39)), ((0, 90),))
 
 
-def test_a_cycle_of_waits_is_named():
+def test_a_cycle_of_waits_is_named() -> None:
     stuck = program(
         rank(0, recv(1), send(0)),
         rank(1, recv(0), send(1)),
@@ -208,21 +209,21 @@ def makespan_ns(plan: Plan, cost: Any) -> int:
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("tasks", [1, 2, 5])
 @pytest.mark.parametrize("microbatches", [1, 2, 4, 8])
-def test_homogeneous_1f1b_law(tiny_workload, tiny_state, stages: int, tasks: int, microbatches: int):
+def test_homogeneous_1f1b_law(tiny_workload: Any, tiny_state: Any, stages: int, tasks: int, microbatches: int) -> None:
     plan = homogeneous(tiny_workload, tiny_state, tasks, stages, microbatches)
     assert makespan_ns(plan, Clock()) == 2 * (stages - 1) * T_NS + 2 * microbatches * tasks * T_NS
 
 
 @pytest.mark.parametrize(("microbatches", "gain"), [(8, 1.31), (4, 1.60)])
 def test_interleaving_gain_of_eight_equal_tasks_on_four_stages(
-    tiny_workload, tiny_state, microbatches: int, gain: float
-):
+    tiny_workload: Any, tiny_state: Any, microbatches: int, gain: float
+) -> None:
     interleaved = homogeneous(tiny_workload, tiny_state, 8, 4, microbatches)
     alone = homogeneous(tiny_workload, tiny_state, 1, 4, microbatches)
     assert round(8 * makespan_ns(alone, Clock()) / makespan_ns(interleaved, Clock()), 2) == gain
 
 
-def test_eight_instances_in_sequence_take_eight_times_one(tiny_workload, tiny_state):
+def test_eight_instances_in_sequence_take_eight_times_one(tiny_workload: Any, tiny_state: Any) -> None:
     together = homogeneous(tiny_workload, tiny_state, 8, 4, 4)
     state = tiny_state(together.workload, pp=4, microbatches=4, cluster="8xcpu")
     single = tuple(make_instance(state, t.task_id, [[t.task_id]], [[0]]) for t in together.workload.tasks)
@@ -245,7 +246,7 @@ def programs(draw: st.DrawFn, make_workload: Any, make_state: Any) -> Bound:
     ids = list(draw(st.permutations([t.task_id for t in workload.tasks])))
     groups = partition(draw, ids)
     buckets = partition(draw, list(range(len(groups))))
-    alignment = draw(st.sampled_from(("pad", "varlen")))
+    alignment: Alignment = draw(st.sampled_from(ALIGNMENTS))
     instance = make_instance(state, "random", groups, buckets, alignment)
     feed = tuple(draw(st.permutations(bucket_major(instance.buckets))))
     instance = ordered(draw, dataclasses.replace(instance, feed=feed))
@@ -261,8 +262,10 @@ def partition(draw: st.DrawFn, items: list[Any]) -> list[list[Any]]:
 def ordered(draw: st.DrawFn, instance: Instance) -> Instance:
     """A random valid order: 1F1B, GPipe, eager under a random budget, or two steps that run into each other."""
     kind = draw(st.sampled_from(("1f1b", "gpipe", "eager", "two steps")))
-    if kind in ("1f1b", "gpipe"):
-        return dataclasses.replace(instance, order=kind)
+    if kind == "1f1b":
+        return instance
+    if kind == "gpipe":
+        return dataclasses.replace(instance, order="gpipe")
     stages = instance.layout.pp
     if kind == "eager":
         seed, budget = draw(st.integers(0, 99)), draw(st.integers(1, 4))
@@ -301,7 +304,9 @@ def with_steps(instance: Instance, passes: list[tuple[StageOrder, ...]]) -> tupl
 
 @settings(max_examples=60)
 @given(data=st.data(), seed=st.integers(0, 10**6))
-def test_closed_form_equals_the_event_queue_on_random_programs(tiny_workload, tiny_state, data: Any, seed: int):
+def test_closed_form_equals_the_event_queue_on_random_programs(
+    tiny_workload: Any, tiny_state: Any, data: Any, seed: int
+) -> None:
     bound = data.draw(programs(tiny_workload, tiny_state))
     assert [p for p in check(bound.plan) if "does not fit" not in p] == []
     cost = Noise(seed)
@@ -313,7 +318,7 @@ def test_closed_form_equals_the_event_queue_on_random_programs(tiny_workload, ti
 
 
 @given(data=st.data())
-def test_closed_form_equals_the_event_queue_on_random_figures(data: Any):
+def test_closed_form_equals_the_event_queue_on_random_figures(data: Any) -> None:
     """Ranks in a row pass messages down and up; every duration and transfer is drawn."""
     ranks, messages = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 5))
     few = st.integers(0, 40)
@@ -338,7 +343,7 @@ def test_closed_form_equals_the_event_queue_on_random_figures(data: Any):
     both(program(*lists, channels=channels, meetings=(ranks,)))
 
 
-def test_each_part_of_an_instruction_is_priced_once_and_where_it_belongs(tiny_workload, tiny_state):
+def test_each_part_of_an_instruction_is_priced_once_and_where_it_belongs(tiny_workload: Any, tiny_state: Any) -> None:
     """All prices by hand: instruction 3, launch 0, operators 0 but rope, send 5, recv 6, p2p 100, AdamW 40, norm 50."""
 
     class Parts(Clock):
@@ -373,19 +378,19 @@ def test_each_part_of_an_instruction_is_priced_once_and_where_it_belongs(tiny_wo
     assert times[1][4] == (begun + 2 * clock + 5, arrived + clock + 90)
 
 
-def test_an_operator_alone_takes_host_and_device_in_turn_on_a_cpu_and_side_by_side_on_a_gpu():
+def test_an_operator_alone_takes_host_and_device_in_turn_on_a_cpu_and_side_by_side_on_a_gpu() -> None:
     presets = device_presets()
     assert alone_ns(Cost(p50_ns=10, host_ns=30), presets["cpu"]) == 40
     assert alone_ns(Cost(p50_ns=10, host_ns=30), presets["H100"]) == 30
 
 
-def test_rings_wait_for_their_slowest_link(tiny_workload):
+def test_rings_wait_for_their_slowest_link(tiny_workload: Any) -> None:
     plan = Plan(workload=tiny_workload(1), cluster=parse_cluster("2x4xA100-ib"), instances=())
     assert slowest_link(plan, [0, 1]).kind == "nvlink"
     assert slowest_link(plan, [0, 1, 4]).kind == "ib"
 
 
-def test_messages_cross_the_link_between_their_ranks(tiny_workload, tiny_state):
+def test_messages_cross_the_link_between_their_ranks(tiny_workload: Any, tiny_state: Any) -> None:
     """Two stages on one node, two on the next: the middle edge is slower."""
 
     class Links(Clock):
@@ -406,7 +411,7 @@ def test_messages_cross_the_link_between_their_ranks(tiny_workload, tiny_state):
     }
 
 
-def test_ends_that_disagree_on_the_order_of_messages_are_refused(tiny_workload, tiny_state):
+def test_ends_that_disagree_on_the_order_of_messages_are_refused(tiny_workload: Any, tiny_state: Any) -> None:
     plan = homogeneous(tiny_workload, tiny_state, 2, 2, 1)
     orders = list(stage_orders(plan.instances[0]))
     swapped = {0: 1, 1: 0}
@@ -420,7 +425,7 @@ def test_ends_that_disagree_on_the_order_of_messages_are_refused(tiny_workload, 
         price(bound, Clock(), StageCache(Clock()))
 
 
-def test_a_missing_launch_list_is_named(tiny_workload, tiny_state):
+def test_a_missing_launch_list_is_named(tiny_workload: Any, tiny_state: Any) -> None:
     bound = bind(homogeneous(tiny_workload, tiny_state, 1, 2, 1), seed=0)
     kept = tuple(x for x in bound.program.launches if (x.stage, x.direction) != (1, "backward"))
     broken = dataclasses.replace(bound, program=dataclasses.replace(bound.program, launches=kept))

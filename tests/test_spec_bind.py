@@ -99,7 +99,8 @@ def test_steps_follow_the_last_backward_unless_placed(two_by_two: Any) -> None:
     instance = two_by_two.instances[0]
     assert [a.op for a in stage_orders(instance)[0].actions] == ["forward", "forward", "backward", "backward", "step"]
     orders = tuple(
-        StageOrder(stage=o.stage, actions=(*o.actions[:-1], Action(op="step", task="t0"))) for o in stage_orders(instance)
+        StageOrder(stage=o.stage, actions=(*o.actions[:-1], Action(op="step", task="t0")))
+        for o in stage_orders(instance)
     )
     placed = replace(instance, order="explicit", orders=orders[::-1])
     assert stage_orders(placed) == orders
@@ -112,7 +113,12 @@ def test_several_steps_of_one_order(two_by_two: Any) -> None:
     actions = [replace(a, step=s) for s in (0, 1) for a in stage_orders(two_by_two.instances[0])[0].actions]
     both = tuple(StageOrder(stage=s, actions=tuple(actions)) for s in (0, 1))
     twice = replace(two_by_two, instances=(replace(two_by_two.instances[0], order="explicit", orders=both, steps=2),))
-    assert [x.key.step for x in bind(twice, seed=0, steps=4).program.ranks[0].instructions if x.op == "step"] == [0, 1, 2, 3]
+    assert [x.key.step for x in bind(twice, seed=0, steps=4).program.ranks[0].instructions if x.op == "step"] == [
+        0,
+        1,
+        2,
+        3,
+    ]
     with pytest.raises(PlanError, match="covers 2 steps, which does not divide 3"):
         bind(twice, seed=0, steps=3)
 

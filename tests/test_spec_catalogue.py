@@ -86,12 +86,17 @@ def context(model: ModelSpec, stage: int = 0, *, tp: int = 1, pp: int = 1, **tar
     return StageContext(model=model, layout=even_layout(model, tp=tp, pp=pp), stage=stage, adapters=adapters)
 
 
-@pytest.mark.parametrize("name", sorted(model_presets()))
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (1, 2), (2, 1)])
+SHARDED = [
+    (name, tp, pp)
+    for name, model in sorted(model_presets().items())
+    for tp, pp in ((1, 1), (1, 2), (2, 1))
+    if not model.kv_heads % tp and not model.vocab % tp
+]
+
+
+@pytest.mark.parametrize(("name", "tp", "pp"), SHARDED)
 def test_linear_flops_are_2_parameters_tokens(name: str, tp: int, pp: int) -> None:
     model = model_preset(name)
-    if model.kv_heads % tp or model.vocab % tp:
-        pytest.skip(f"tp={tp} does not divide {name}")
     work = batch(("a", 8), ("a", 8))
     flops = sum(
         op.flops
@@ -104,8 +109,8 @@ def test_linear_flops_are_2_parameters_tokens(name: str, tp: int, pp: int) -> No
     assert flops * tp == 2 * work.tokens * (weights + model.vocab * model.hidden)
 
 
-def test_forward_is_2_parameters_tokens_within_a_per_cent() -> None:
-    """The rule of thumb for a 7B model at a short length: norms, embedding and attention are the rest."""
+def test_forward_is_about_2_parameters_tokens() -> None:
+    """The rule of thumb for a 7B model at a short length: the embedding, 2 % of it, does no flops."""
     model = model_preset("llama2-7b")
     work = batch(("a", 64))
     base = (op for _, f, _ in stage_ops(context(model), work) for op in f if op.family in ("linear", "attention"))
@@ -202,7 +207,11 @@ def test_subgraph_operators_are_the_stage_operators(tp: int, direction: Any) -> 
     groups = subgraph_ops(found, work, direction)
     flat = [op for g in groups for op in g if op.family != "all_reduce"]
     rows = stage_ops(found, work)
-    wanted = [op for _, f, b in (rows if direction == "forward" else rows[::-1]) for op in (f if direction == "forward" else b)]
+    wanted = [
+        op
+        for _, f, b in (rows if direction == "forward" else rows[::-1])
+        for op in (f if direction == "forward" else b)
+    ]
     assert flat == wanted
     messages = [op for g in groups for op in g if op.family == "all_reduce"]
     assert {op.size for op in messages} <= {(12 * 192 * 4,)}

@@ -25,7 +25,8 @@ def spelled(orders: Sequence[StageOrder]) -> list[str]:
 
 def bucket(htask: int, units: int) -> Bucket:
     return Bucket(
-        htasks=(htask,), units=tuple(Unit(parts=(Part(htask=htask, task=f"t{htask}", slots=(u,)),)) for u in range(units))
+        htasks=(htask,),
+        units=tuple(Unit(parts=(Part(htask=htask, task=f"t{htask}", slots=(u,)),)) for u in range(units)),
     )
 
 
@@ -134,12 +135,12 @@ CASES = st.tuples(st.integers(1, 4), st.integers(1, 7), st.integers(0, 10**6))
 
 def eager_case(stages: int, units: int, seed: int) -> tuple[Template, Replay, dict[Any, int], list[int]]:
     draw = Random(seed)
-    latency = {(s, u, op): draw.randint(1, 9) for s in range(stages) for u in range(units) for op in ("forward", "backward")}
+    latency = {
+        (s, u, op): draw.randint(1, 9) for s in range(stages) for u in range(units) for op in ("forward", "backward")
+    }
     held = {(s, u): draw.randint(1, 4) for s in range(stages) for u in range(units)}
     budget = [draw.randint(1, 12) for _ in range(stages)]
-    template = eager(
-        feed(units), stages, lambda s, k, d: latency[s, k[1], d], lambda s, k: held[s, k[1]], budget
-    )
+    template = eager(feed(units), stages, lambda s, k, d: latency[s, k[1], d], lambda s, k: held[s, k[1]], budget)
     return template, Replay(template.orders, latency), held, budget
 
 

@@ -23,12 +23,12 @@ class Interpolant(Protocol):
         ...
 
     def ns(self, size: Size) -> float:
-        """The time at a size: exact at measured points, never below 0."""
+        """The time at a size: exact at measured points."""
         ...
 
 
 class Line:
-    """Piecewise linear times over one variable, for remainders that may be measured at or below 0."""
+    """Piecewise linear times over one variable, for remainders that may be measured at or below 0 and stay so."""
 
     def __init__(self, measured_ns: Mapping[Size, int]) -> None:
         self.sizes = sorted(size[0] for size in measured_ns)
@@ -39,12 +39,11 @@ class Line:
         return self.sizes[0] <= size[0] <= self.sizes[-1]
 
     def ns(self, size: Size) -> float:
-        """The time at a size, at least 0; outside the range that of the nearest point."""
+        """The time at a size; outside the range that of the nearest point."""
         nearest = min(max(size[0], self.sizes[0]), self.sizes[-1])
         low, high = _neighbours(self.sizes, nearest)
         weight = (nearest - low) / (high - low) if low < high else 0.0
-        value = (1 - weight) * self.measured_ns[(low,)] + weight * self.measured_ns[(high,)]
-        return max(0.0, value)
+        return (1 - weight) * self.measured_ns[(low,)] + weight * self.measured_ns[(high,)]
 
 
 class Grid:

@@ -21,8 +21,9 @@ from muxtune.spec.units import DTYPE_BYTES, NS_PER_S
 
 TABLE_VERSION = 1
 
-#: Families whose times are interpolated as they are: a remainder may be 0 or below, a constant has one point.
-REMAINDERS = frozenset({"layer_overhead", "launch", "instruction"})
+#: Families whose times are interpolated as they are. What is left after other times were subtracted may be 0 or below
+#: (p2p: what send and recv do not explain; layer_overhead: what a layer's operators do not); a constant has one point.
+REMAINDERS = frozenset({"layer_overhead", "launch", "instruction", "p2p"})
 
 Group = tuple[str, str, str, tuple[int, ...]]
 

@@ -68,11 +68,11 @@ def catalogue() -> tuple[Op, ...]:
 def resized(op: Op, size: tuple[int, ...]) -> Op:
     """The same operator at another size (flops and bytes in proportion where no constructor says better)."""
     if op.family == "linear":
-        return ops.linear(size[0], op.shape[:2], bool(op.shape[2]), op.direction, op.dtype, 4)
+        return ops.linear(size[0], (op.shape[0], op.shape[1]), bool(op.shape[2]), op.direction, op.dtype, 4)
     if op.family == "lora":
-        return ops.lora(size[0], op.shape[:2], op.shape[2], op.direction, op.dtype, 4)
+        return ops.lora(size[0], (op.shape[0], op.shape[1]), op.shape[2], op.direction, op.dtype, 4)
     if op.family == "attention":
-        return ops.attention(size[0], size[1], op.shape, op.direction, op.dtype, 4)
+        return ops.attention(size[0], size[1], (op.shape[0], op.shape[1], op.shape[2]), op.direction, op.dtype, 4)
     factor = size[0] / op.size[0]
     return Op(
         family=op.family,
@@ -122,20 +122,20 @@ def price(model: CostModel, op: Op, link: Link = LOCAL) -> Any:
     return model.link_latency(op, link) if op.family in ("p2p", "all_reduce") else model.latency(op, CPU)
 
 
-def test_both_models_are_found_and_an_unknown_one_is_named():
+def test_both_models_are_found_and_an_unknown_one_is_named() -> None:
     assert {"roofline", "table"} <= set(cost_models())
     with pytest.raises(UnknownKeyError, match=r"unknown cost model 'oracle': known are .*roofline.*table"):
         require_cost_model("oracle")
 
 
-def test_it_is_a_cost_model_with_an_identity(model: CostModel):
+def test_it_is_a_cost_model_with_an_identity(model: CostModel) -> None:
     assert isinstance(model, CostModel)
     assert model.model_id
     assert isinstance(model.calibrated, bool)
 
 
 @pytest.mark.parametrize("op", catalogue(), ids=lambda op: f"{op.family}-{op.direction}-{op.shape}")
-def test_every_operator_has_a_sound_price(model: CostModel, op: Op):
+def test_every_operator_has_a_sound_price(model: CostModel, op: Op) -> None:
     for size in sizes(op):
         found = price(model, resized(op, size))
         assert type(found.p50_ns) is int
@@ -150,33 +150,33 @@ def test_every_operator_has_a_sound_price(model: CostModel, op: Op):
 
 
 @pytest.mark.parametrize("op", catalogue(), ids=lambda op: f"{op.family}-{op.direction}-{op.shape}")
-def test_more_work_never_takes_less_time(model: CostModel, op: Op):
+def test_more_work_never_takes_less_time(model: CostModel, op: Op) -> None:
     for small in sizes(op):
         for large in sizes(op):
             if all(a <= b for a, b in zip(small, large, strict=True)):
                 assert price(model, resized(op, small)).p50_ns <= price(model, resized(op, large)).p50_ns
 
 
-def test_prices_between_measured_sizes_lie_between(model: CostModel):
+def test_prices_between_measured_sizes_lie_between(model: CostModel) -> None:
     for op in catalogue():
         if op.family == "linear":
             low, mid, high = (price(model, resized(op, (n,))).p50_ns for n in (16, 100, 256))
             assert low <= mid <= high
 
 
-def test_only_messages_travel_over_links(model: CostModel):
+def test_only_messages_travel_over_links(model: CostModel) -> None:
     with pytest.raises(InputError, match="does not travel over a link"):
         model.link_latency(ops.linear(16, (8, 8), False, "forward", "fp32", 4), LOCAL)
 
 
-def test_a_stage_costs_more_with_more_rows(model: CostModel):
+def test_a_stage_costs_more_with_more_rows(model: CostModel) -> None:
     for context in contexts():
         for way in ("forward", "backward"):
             few, many = (stage_latency_ns(model, CPU, context, batch(rows, 32), way) for rows in (1, 4))
             assert 0 < few < many
 
 
-def test_a_program_can_be_simulated(model: CostModel, tiny_workload: Any, tiny_state: Any):
+def test_a_program_can_be_simulated(model: CostModel, tiny_workload: Any, tiny_state: Any) -> None:
     workload = tiny_workload(2, ranks=(4, 8))
     state = tiny_state(workload, pp=2)
     instance = make_instance(state, "both", [["t0"], ["t1"]], [[0], [1]])

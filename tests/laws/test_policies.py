@@ -50,7 +50,9 @@ def variants(key: str, found: type[Policy]) -> Iterator[str]:
     hints = get_type_hints(found.Config)
     for field in dataclasses.fields(found.Config):
         kind = hints[field.name]
-        values: tuple[Any, ...] = (False, True) if kind is bool else get_args(kind) if get_origin(kind) is Literal else ()
+        values: tuple[Any, ...] = (
+            (False, True) if kind is bool else get_args(kind) if get_origin(kind) is Literal else ()
+        )
         for value in values:
             if value != field.default:
                 yield f"{key}:{field.name}={str(value).lower()}"

@@ -1,0 +1,264 @@
+"""The commands: what each takes, and which file of `commands/` runs it.
+
+Only typer is imported here; each command imports its floors when it runs, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from muxtune.experiments import options as opt
+from muxtune.spec.errors import InputError
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="Plan, simulate and execute many PEFT fine-tuning tasks on shared LLM backbones.",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a command found: `body` for --json, `show` turns it into text; not `ok` means exit 1."""
+
+    body: dict[str, Any]
+    show: Callable[[dict[str, Any]], str]
+    as_json: bool
+    ok: bool = True
+
+
+def example(text: str) -> str:
+    """An epilog that keeps its line."""
+    return f"Example:\n\n\b\n  muxtune {text}"
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"muxtune {installed('muxtune')}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command(epilog=example("demo --out out/demo"))
+def demo(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the result's files.")] = Path(
+        "out/demo"
+    ),
+    rounds: opt.Rounds = None,
+    seed: opt.Seed = 0,
+    as_json: opt.AsJson = False,
+) -> Answer:
+    """Profile, plan, simulate, execute and compare, on this CPU."""
+    from muxtune.experiments.commands import demo as command
+    from muxtune.experiments.console import Progress
+
+    with Progress() as progress:
+        body = command.run(out=out, rounds=rounds, seed=seed, progress=progress)
+    return Answer(body=body, show=command.show, as_json=as_json)
+
+
+@app.command(epilog=example("profile --workload work.yaml --cluster cpu --pp 1,2 --out profiles/mine"))
+def profile(
+    workload: opt.WorkloadFiles,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Profile folder; what is there is continued.")],
+    cluster: opt.ClusterName = "cpu",
+    pp: Annotated[
+        str, typer.Option("--pp", metavar="N,N,...", help="Pipeline depths to measure for, separated by commas.")
+    ] = "1",
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Rounds over all operators.")] = 20,
+    as_json: opt.AsJson = False,
+) -> Answer:
+    """Measure a workload's operators and fit a cost model."""
+    from muxtune.experiments.commands import profile as command
+    from muxtune.experiments.console import Progress
+
+    depths = command.parse_pipelines(pp)
+    with Progress() as progress:
+        body = command.run(workload, out, cluster=cluster, pipelines=depths, rounds=rounds, progress=progress)
+    return Answer(body=body, show=command.show, as_json=as_json)
+
+
+@app.command(epilog=example("plan --workload work.yaml --cluster 2xA40 --policy muxtune:charge=exact --out plan.json"))
+def plan(
+    workload: opt.WorkloadFile,
+    cluster: opt.ClusterName,
+    policy: opt.PolicyName,
+    tp: opt.Tp = 1,
+    pp: opt.Pp = None,
+    dp: opt.Dp = 1,
+    microbatches: opt.Microbatches = 4,
+    cost: opt.Cost = "roofline",
+    allow_extrapolation: opt.Extrapolate = False,
+    seed: opt.Seed = 0,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Plan file to write.")] = Path("plan.json"),
+    as_json: opt.AsJson = False,
+) -> Answer:
+    """Let one policy decide, and write its plan."""
+    from muxtune.experiments.commands import plan as command
+
+    options: dict[str, Any] = {"tp": tp, "pp": pp, "dp": dp, "microbatches": microbatches, "cost": cost, "seed": seed}
+    body = command.run(workload, cluster, policy, out, allow_extrapolation=allow_extrapolation, **options)
+    return Answer(body=body, show=command.show, as_json=as_json)
+
+
+@app.command(epilog=example("check plan.json"))
+def check(plan: opt.PlanFile, seed: opt.Seed = 0, as_json: opt.AsJson = False) -> Answer:
+    """Say whether a plan can be executed (exit 1 if not)."""
+    from muxtune.experiments.commands import check as command
+
+    body = command.run(plan, seed=seed)
+    return Answer(body=body, show=command.show, as_json=as_json, ok=body["ok"])
+
+
+@app.command(epilog=example("simulate plan.json --trace trace.json"))
+def simulate(
+    plan: opt.PlanFile,
+    trace: opt.TraceFile = None,
+    draws: opt.Draws = 8,
+    cost: opt.Cost = "roofline",
+    allow_extrapolation: opt.Extrapolate = False,
+    seed: opt.Seed = 0,
+    out: opt.OutFolder = None,
+    as_json: opt.AsJson = False,
+) -> Answer:
+    """Predict a plan's times, memory and energy."""
+    from muxtune.experiments.commands import simulate as command
+
+    extrapolate = allow_extrapolation
+    body = command.run(plan, trace=trace, draws=draws, cost=cost, allow_extrapolation=extrapolate, seed=seed, out=out)
+    return Answer(body=body, show=command.show, as_json=as_json)
+
+
+@app.command(
+    epilog=example(
+        "compare --workload work.yaml --cluster 4xA40-nvlink --policies hf-peft,muxtune:charge=exact,fusion=true"
+    )
+)
+def compare(
+    workload: opt.WorkloadFile,
+    cluster: opt.ClusterName,
+    policies: Annotated[
+        str,
+        typer.Option(
+            "--policies",
+            metavar="A,B,...",
+            help="Policies separated by commas; a piece key=value belongs to the policy before it.  [default: all]",
+        ),
+    ] = "",
+    policy: Annotated[
+        list[str] | None,
+        typer.Option("--policy", metavar="POLICY", help="One more policy, with its options; may be repeated."),
+    ] = None,
+    tp: opt.Tp = 1,
+    pp: opt.Pp = None,
+    dp: opt.Dp = 1,
+    microbatches: opt.Microbatches = 4,
+    cost: opt.Cost = "roofline",
+    allow_extrapolation: opt.Extrapolate = False,
+    draws: opt.Draws = 8,
+    seed: opt.Seed = 0,
+    out: opt.OutFolder = None,
+    as_json: opt.AsJson = False,
+) -> Answer:
+    """Let several policies plan one workload; fastest first."""
+    from muxtune.experiments.commands import compare as command
+    from muxtune.experiments.console import Progress
+
+    options: dict[str, Any] = {
+        "tp": tp,
+        "pp": pp,
+        "dp": dp,
+        "microbatches": microbatches,
+        "cost": cost,
+        "draws": draws,
+        "seed": seed,
+    }
+    options |= {"allow_extrapolation": allow_extrapolation, "out": out}
+    references = (*command.split_policies(policies), *(policy or ()))
+    with Progress() as progress:
+        body = command.run(workload, cluster, references, progress=progress, **options)
+    return Answer(body=body, show=command.show, as_json=as_json, ok=body["best"] is not None)
+
+
+@app.command(epilog=example("execute plan.json --device cpu --iterations 5"))
+def execute(
+    plan: opt.PlanFile,
+    device: Annotated[opt.Device, typer.Option("--device", help="cpu (gloo) or cuda (NCCL).")] = opt.Device.cpu,
+    iterations: Annotated[
+        int, typer.Option("--iterations", metavar="N", min=1, help="Passes, each with fresh samples.")
+    ] = 5,
+    trace: opt.TraceFile = None,
+    seed: opt.Seed = 0,
+    out: opt.OutFolder = None,
+    as_json: opt.AsJson = False,
+) -> Answer:
+    """Run a plan on Megatron-core: times, memory, losses."""
+    from muxtune.experiments.commands import execute as command
+    from muxtune.experiments.console import Progress
+
+    with Progress() as progress:
+        options: dict[str, Any] = {"iterations": iterations, "trace": trace, "seed": seed, "out": out}
+        body = command.run(plan, device=device.value, progress=progress, **options)
+    return Answer(body=body, show=command.show, as_json=as_json)
+
+
+@app.command(epilog=example("validate --suite cpu --out out/validate"))
+def validate(
+    suite: Annotated[str, typer.Option("--suite", metavar="NAME", help="cpu or gpu.")] = "cpu",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder.  [default: out/validate-SUITE]")
+    ] = None,
+    rounds: opt.Rounds = None,
+    seed: opt.Seed = 0,
+    as_json: opt.AsJson = False,
+) -> Answer:
+    """Hold predictions against measurements on this machine."""
+    from muxtune.experiments.commands import validate as command
+    from muxtune.experiments.console import Progress
+
+    if suite not in ("cpu", "gpu"):
+        raise InputError(f"unknown suite {suite!r}: known are cpu, gpu")
+    with Progress() as progress:
+        folder = out or Path(f"out/validate-{suite}")
+        body = command.run(suite=suite, out=folder, rounds=rounds, seed=seed, progress=progress)
+    return Answer(body=body, show=command.show, as_json=as_json)
+
+
+@app.command(epilog=example("report out/demo"))
+def report(
+    study: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder of a study (demo, validate): holds result.json.")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="File.  [default: DIR/report.html]")] = None,
+    as_json: opt.AsJson = False,
+) -> Answer:
+    """Draw a study's report.html again from its results."""
+    from muxtune.experiments.commands import report as command
+
+    return Answer(body=command.run(study, out), show=command.show, as_json=as_json)
+
+
+@app.command(name="list", epilog=example("list policies"))
+def list_(
+    kind: Annotated[
+        str | None,
+        typer.Argument(metavar="[KIND]", help="policies, models, devices, datasets, cost-models, peft, profiles."),
+    ] = None,
+    as_json: opt.AsJson = False,
+) -> Answer:
+    """List plug-ins and presets."""
+    from muxtune.experiments.commands import catalog as command
+
+    return Answer(body=command.run(kind), show=command.show, as_json=as_json)

@@ -1,0 +1,147 @@
+"""One row a plan, in the keys that scripts rely on (DESIGN §11), and the tables made of such rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from muxtune.experiments.console import table
+from muxtune.policies.base import NoConfig, SystemState
+from muxtune.policies.hf_peft import HfPeft
+from muxtune.sim.cost.base import CostModel
+from muxtune.sim.simulate import estimate
+from muxtune.spec.cluster import Cluster
+from muxtune.spec.errors import MuxtuneError
+from muxtune.spec.estimate import Estimate
+from muxtune.spec.layout import Layout
+from muxtune.spec.noun import digest, plain
+from muxtune.spec.plan import Plan, SolverRecord
+from muxtune.spec.task import Task, Workload
+from muxtune.spec.units import format_bytes, format_ns
+
+UNCALIBRATED = "uncalibrated: data sheet figures, nothing was measured; profile the device and give --cost DIR"
+
+FIGURES = (
+    *("iteration_ns", "spread", "draws", "raw_tokens_per_s", "billed_tokens_per_s", "processed_tokens_per_s"),
+    *("peak_bytes", "peak_bytes_per_rank", "bubble_fraction", "exposed_comm_fraction", "host_bound_fraction"),
+    *("energy_j", "truncated_tokens", "extrapolated_fraction", "relative_error", "plan_seconds", "solver"),
+    *("plan_digest", "per_task"),
+)
+
+
+def feasible_row(policy: str, plan: Plan, found: Estimate, per_task: dict[str, Any]) -> dict[str, Any]:
+    """The row of a plan and what is predicted of it."""
+    rates = {f"{kind}_per_s": found.rate_per_s(getattr(found, kind)) for kind in _TOKENS}
+    same = ("iteration_ns", "spread", "draws", "bubble_fraction", "exposed_comm_fraction", "host_bound_fraction")
+    more = ("energy_j", "truncated_tokens", "extrapolated_fraction", "relative_error")
+    figures: dict[str, Any] = {
+        **{name: getattr(found, name) for name in (*same, *more)},
+        **rates,
+        "peak_bytes": max(found.peak_bytes),
+        "peak_bytes_per_rank": list(found.peak_bytes),
+        "plan_seconds": plan.provenance.plan_seconds,
+        "solver": _solver(plan.made_by.solver),
+        "plan_digest": digest(plan),
+        "per_task": per_task,
+    }
+    return {"policy": policy, "feasible": True, "reason": "", **{name: figures[name] for name in FIGURES}}
+
+
+def infeasible_row(policy: str, reason: str) -> dict[str, Any]:
+    """The row of a policy that gave no plan."""
+    return {"policy": policy, "feasible": False, "reason": reason, **dict.fromkeys(FIGURES)}
+
+
+_TOKENS = ("raw_tokens", "billed_tokens", "processed_tokens")
+
+
+def _solver(record: SolverRecord | None) -> dict[str, Any] | None:
+    """name, status, bound_ns and gap first; what else the solver recorded follows."""
+    if record is None:
+        return None
+    body: dict[str, Any] = plain(record)
+    return {name: body.pop(name) for name in ("name", "status", "bound_ns", "gap")} | body
+
+
+class Alone:
+    """Step time of a task that has the devices for itself (`hf-peft` with one task); equal tasks are planned once."""
+
+    def __init__(self, workload: Workload, cluster: Cluster, cost: CostModel, seed: int) -> None:
+        self.workload, self.cluster, self.cost, self.seed = workload, cluster, cost, seed
+        self._known: dict[Any, int | None] = {}
+
+    def step_ns(self, task: Task, layout: Layout, microbatches: int) -> int | None:
+        """None where the task alone has no feasible plan, or the cost model no figure for it."""
+        key = (task.peft, task.billed_len_tokens, task.global_batch_samples, layout, microbatches)
+        if key not in self._known:
+            self._known[key] = self._plan(task, layout, microbatches)
+        return self._known[key]
+
+    def _plan(self, task: Task, layout: Layout, microbatches: int) -> int | None:
+        workload = replace(self.workload, tasks=(task,))
+        state = SystemState(
+            workload=workload, cluster=self.cluster, layout=layout, microbatches=microbatches, seed=self.seed
+        )
+        try:
+            plan = HfPeft(NoConfig(), self.cost).plan(state)
+            return estimate(plan, self.cost, self.seed).per_task[0].step_ns
+        except MuxtuneError:
+            return None
+
+    def per_task(self, plan: Plan, found: Estimate) -> dict[str, Any]:
+        """Step time of every task under a plan, and its slowdown against running alone."""
+        places = {task: (i.layout, i.microbatches) for i in plan.instances for task in i.tasks}
+        body: dict[str, Any] = {}
+        for row in found.per_task:
+            alone_ns = self.step_ns(self.workload.task(row.task), *places[row.task])
+            body[row.task] = {"step_ns": row.step_ns, "slowdown": row.step_ns / alone_ns if alone_ns else None}
+        return body
+
+
+def cost_body(cost: CostModel) -> dict[str, Any]:
+    """id and calibrated."""
+    return {"id": cost.model_id, "calibrated": cost.calibrated}
+
+
+def cost_text(body: dict[str, Any]) -> str:
+    """The cost model with a flag where nothing was measured."""
+    return f"cost model {body['id']}" + ("" if body["calibrated"] else " (UNCALIBRATED)")
+
+
+def percent(value: float | None) -> str:
+    """A fraction as a percentage."""
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def figures_table(rows: Sequence[dict[str, Any]], best: str | None = None) -> Any:
+    """Feasible rows as a table; the best one carries a star."""
+    names = ["policy", "iteration", "billed tok/s", "processed tok/s", "peak mem", "bubble", "exposed comm"]
+    names += ["energy J", "extrapolated", "model error", "plan s"]
+    return table(names, [_cells(row, best) for row in rows])
+
+
+def _cells(row: dict[str, Any], best: str | None) -> list[str]:
+    spread = f" ±{100 * row['spread']:.1f} %" if row["spread"] else ""
+    return [
+        row["policy"] + (" *" if row["policy"] == best else ""),
+        format_ns(row["iteration_ns"]) + spread,
+        f"{row['billed_tokens_per_s']:,.0f}",
+        f"{row['processed_tokens_per_s']:,.0f}",
+        format_bytes(row["peak_bytes"]),
+        percent(row["bubble_fraction"]),
+        percent(row["exposed_comm_fraction"]),
+        "-" if row["energy_j"] is None else f"{row['energy_j']:,.1f}",
+        percent(row["extrapolated_fraction"]),
+        percent(row["relative_error"]),
+        f"{row['plan_seconds']:.2f}",
+    ]
+
+
+def task_table(per_task: dict[str, Any]) -> Any:
+    """Step time and slowdown of every task."""
+    rows = [
+        [task, format_ns(row["step_ns"]), "-" if row["slowdown"] is None else f"{row['slowdown']:.2f}x"]
+        for task, row in per_task.items()
+    ]
+    return table(["task", "step", "slowdown vs alone"], rows)

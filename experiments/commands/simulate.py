@@ -1,0 +1,84 @@
+"""simulate: a Plan through the SimPy engines; figures are means over draws, the timeline is the first draw's."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from muxtune.experiments.commands.inputs import load_cost, output_file, output_folder, read_plan
+from muxtune.experiments.commands.rows import (
+    UNCALIBRATED,
+    Alone,
+    cost_body,
+    cost_text,
+    feasible_row,
+    figures_table,
+    task_table,
+)
+from muxtune.experiments.console import json_text, render
+from muxtune.sim.simulate import estimate, simulate
+from muxtune.spec.bind import bind
+from muxtune.spec.check import require_valid
+from muxtune.spec.chrome import chrome_trace
+from muxtune.spec.files import write_text
+from muxtune.spec.noun import digest
+
+
+def run(
+    plan: Path,
+    *,
+    trace: Path | None = None,
+    draws: int = 8,
+    cost: str = "roofline",
+    allow_extrapolation: bool = False,
+    seed: int = 0,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """One row of `compare` with per-task times and the engine's speed; `out` gets simulate.json and trace.json.
+
+    Raises:
+        InputError: wrong file, name or option. PlanError: the plan cannot be executed.
+        ExtrapolationError: the cost model has no figure for an operator.
+    """
+    traces = [output_file(trace, "--trace")] if trace else []
+    traces += [output_folder(out) / "trace.json"] if out else []
+    found = read_plan(plan)
+    model = load_cost(cost, found.cluster, allow_extrapolation)
+    require_valid(found, seed)
+    predicted = estimate(found, model, seed, draws)
+    bound = bind(found, seed=seed, steps=math.lcm(*(i.steps for i in found.instances)))
+    started_s = time.process_time()
+    simulation = simulate(bound, model)
+    cpu_s = time.process_time() - started_s
+    alone = Alone(found.workload, found.cluster, model, seed)
+    body = {
+        "workload": found.workload.name,
+        "cluster": found.cluster.name,
+        "seed": seed,
+        "cost_model": cost_body(model),
+        **feasible_row(found.made_by.policy, found, predicted, alone.per_task(found, predicted)),
+        "timeline_digest": digest(simulation.timeline),
+        "program_digest": bound.program.digest(),
+        "events": simulation.events,
+        "events_per_cpu_s": simulation.events / cpu_s if cpu_s > 0 else None,
+    }
+    for path in traces:
+        write_text(path, json.dumps(chrome_trace([(f"{found.made_by.policy} (simulated)", simulation.timeline)])))
+    if out:
+        write_text(out / "simulate.json", json_text(body))
+    return body
+
+
+def show(body: dict[str, Any]) -> str:
+    """The row, the tasks, the digest of the timeline."""
+    rate = f", {body['events_per_cpu_s']:,.0f} a CPU second" if body["events_per_cpu_s"] else ""
+    return render(
+        f"{body['workload']} on {body['cluster']}, seed {body['seed']}, {cost_text(body['cost_model'])}",
+        figures_table([body]),
+        task_table(body["per_task"]),
+        f"timeline {body['timeline_digest']}, {body['events']:,} events{rate}",
+        *([] if body["cost_model"]["calibrated"] else [UNCALIBRATED]),
+    )

@@ -1,0 +1,61 @@
+"""The options that commands share: one spelling and one help text each."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Device(StrEnum):
+    """Where plans are executed."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+WorkloadFile = Annotated[
+    Path, typer.Option("--workload", metavar="FILE", help="Workload file (YAML or JSON): model and tasks.")
+]
+WorkloadFiles = Annotated[
+    list[Path],
+    typer.Option("--workload", metavar="FILE", help="Workload file; may be repeated (one model, different task_ids)."),
+]
+ClusterName = Annotated[
+    str,
+    typer.Option("--cluster", metavar="NAME|FILE", help="[NODESx]GPUSxDEVICE[-LINK] (4xA40-nvlink, cpu) or a file."),
+]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file, as `muxtune plan` writes it.")]
+PolicyName = Annotated[str, typer.Option("--policy", metavar="POLICY", help="NAME[:key=value,...] or FILE.py:CLASS.")]
+Tp = Annotated[int, typer.Option("--tp", metavar="N", min=1, help="Tensor parallelism.")]
+Pp = Annotated[
+    int | None,
+    typer.Option(
+        "--pp", metavar="N", min=1, help="Pipeline stages. [default: devices / (tp x dp), at most one stage a layer]"
+    ),
+]
+Dp = Annotated[int, typer.Option("--dp", metavar="N", min=1, help="Data parallelism.")]
+Microbatches = Annotated[
+    int, typer.Option("--microbatches", metavar="N", min=1, help="Micro-batches a global batch is spread over.")
+]
+Cost = Annotated[
+    str,
+    typer.Option("--cost", metavar="NAME|DIR|FILE", help="roofline, or a measured profile: its folder or costs.json."),
+]
+Extrapolate = Annotated[
+    bool, typer.Option("--allow-extrapolation", help="Answer outside the measured range, and say how much rests on it.")
+]
+Draws = Annotated[
+    int, typer.Option("--draws", metavar="N", min=1, help="Draws of samples to average over (varlen plans).")
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the draws of samples.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+OutFolder = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for the result's files.")]
+TraceFile = Annotated[
+    Path | None, typer.Option("--trace", metavar="FILE", help="Write a Chrome trace (opens in Perfetto).")
+]
+Rounds = Annotated[
+    int | None, typer.Option("--rounds", metavar="N", min=1, help="Counted rounds of plans. [default: by the suite]")
+]

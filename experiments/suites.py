@@ -1,0 +1,56 @@
+"""The fixed studies: `demo` and the validation suites, as data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from muxtune.experiments.study import StudyConfig
+from muxtune.sim.traces.workload import read_workload
+from muxtune.spec.cluster import parse_cluster
+from muxtune.spec.errors import NoAnswerError, UnknownKeyError
+
+DATA = Path(__file__).parent / "data"
+SUITES = ("cpu", "gpu")
+
+BASELINES = ("hf-peft", "sl-peft", "temporal")
+DEMO_POLICIES = (*BASELINES, "muxtune", "muxtune:alignment=varlen", "greedy", "random")
+SUITE_POLICIES = (*DEMO_POLICIES, "muxtune:charge=exact", "greedy:alignment=varlen")
+
+
+def demo_study(rounds: int, seed: int) -> StudyConfig:
+    """Two workloads of real lengths on a 2 M parameter LLaMA-like backbone, on one rank and on a pipeline of two."""
+    return StudyConfig(
+        name="demo",
+        workloads=tuple(read_workload(DATA / f"demo-{name}.yaml") for name in ("uniform", "mixed")),
+        cluster=parse_cluster("2xcpu"),
+        pipelines=(1, 2),
+        policies=DEMO_POLICIES,
+        microbatches=2,
+        rounds=rounds,
+        profile_rounds=rounds,
+        seed=seed,
+    )
+
+
+def suite_study(suite: str, rounds: int, seed: int) -> StudyConfig:
+    """The fixed plans of a validation suite.
+
+    Raises:
+        UnknownKeyError: there is no such suite. NoAnswerError: its device is not here.
+    """
+    if suite not in SUITES:
+        raise UnknownKeyError("suite", suite, SUITES)
+    if suite == "gpu":
+        raise NoAnswerError("suite gpu: the profiler measures CPUs only so far; profiles/README.md lists what is pending")
+    demo = demo_study(rounds, seed)
+    return StudyConfig(
+        name=f"suite-{suite}",
+        workloads=demo.workloads,
+        cluster=demo.cluster,
+        pipelines=demo.pipelines,
+        policies=SUITE_POLICIES,
+        microbatches=demo.microbatches,
+        rounds=rounds,
+        profile_rounds=rounds,
+        seed=seed,
+    )

@@ -1,0 +1,136 @@
+"""`make bench`: speeds as ratios within one run, with the machine's name. Nothing here is a test; nothing here can fail."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from muxtune.executor.reference import reference_ns
+from muxtune.kernels import grouped_lora
+from muxtune.policies.base import SystemState, make_policy
+from muxtune.profiler.provenance import birth
+from muxtune.sim.cost.roofline import Roofline
+from muxtune.sim.simulate import estimate, simulate
+from muxtune.spec.bind import bind
+from muxtune.spec.cluster import parse_cluster
+from muxtune.spec.layout import even_layout
+from muxtune.spec.lengths import embedded_length
+from muxtune.spec.model import model_preset
+from muxtune.spec.peft.lora import LoRA
+from muxtune.spec.task import Task, Workload
+
+ROUNDS = 7
+DATASETS = ("sst2", "openbookqa", "rte")
+
+
+def say(line: str) -> None:
+    """One line on standard output."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def middle_s(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Median seconds of a call."""
+    times = []
+    for _ in range(ROUNDS):
+        start_s = clock()
+        call()
+        times.append(clock() - start_s)
+    return statistics.median(times)
+
+
+def workload(tasks: int) -> Workload:
+    """LoRA tasks on LLaMA2-7B over three data sets."""
+    made = tuple(
+        Task(
+            task_id=f"t{i:02d}",
+            peft=LoRA(rank=8 << i % 3),
+            dataset=DATASETS[i % 3],
+            billed_len_tokens=embedded_length(DATASETS[i % 3]).covered_length(),
+            global_batch_samples=8 * (1 + i % 4),
+        )
+        for i in range(tasks)
+    )
+    return Workload(
+        name="bench",
+        model=model_preset("llama2-7b"),
+        datasets=tuple(embedded_length(d) for d in DATASETS),
+        tasks=made,
+    )
+
+
+def help_time() -> str:
+    """`muxtune --help` against an empty interpreter (target: under 0.6 s)."""
+    command = os.path.join(os.path.dirname(sys.executable), "muxtune")
+    shown = middle_s(lambda: subprocess.run([command, "--help"], capture_output=True, check=True))
+    empty = middle_s(lambda: subprocess.run([sys.executable, "-c", ""], check=True))
+    return f"muxtune --help: {shown:.2f} s, {shown / empty:.1f} x an empty interpreter (target < 0.6 s)"
+
+
+def planning() -> Iterator[str]:
+    """Planning time of each policy on 32 tasks, as multiples of hf-peft."""
+    made = workload(32)
+    layout = even_layout(made.model, pp=4)
+    state = SystemState(workload=made, cluster=parse_cluster("4xA40"), layout=layout, microbatches=8)
+    base = 0.0
+    for name in ("hf-peft", "sl-peft", "temporal", "greedy", "muxtune", "muxtune:charge=exact"):
+        start_s = time.process_time()
+        plan = make_policy(name, Roofline()).plan(state)
+        seconds = time.process_time() - start_s
+        base = base or seconds
+        yield f"plan 32 tasks, 4 stages, {name}: {seconds:.2f} s CPU, {seconds / base:.1f} x hf-peft ({len(plan.instances[0].htasks)} hTasks in the first instance)"
+
+
+def simulating() -> str:
+    """SimPy engine and closed-form recurrence on one Program."""
+    made = workload(16)
+    state = SystemState(workload=made, cluster=parse_cluster("4xA40"), layout=even_layout(made.model, pp=4), microbatches=8)
+    cost = Roofline()
+    plan = make_policy("muxtune", cost).plan(state)
+    bound = bind(plan, seed=0)
+    events = simulate(bound, cost).events
+    engine = middle_s(lambda: simulate(bound, cost), time.process_time)
+    closed = middle_s(lambda: estimate(plan, cost, seed=0, draws=1), time.process_time)
+    return (
+        f"simulate 16 tasks, 4 stages: {events} events, {events / engine:,.0f} events per CPU-second with timeline and memory; "
+        f"estimate (recurrence) {engine / closed:.1f} x faster"
+    )
+
+
+def adapters() -> str:
+    """Grouped LoRA of eight tasks against eight separate calls and against one adapter of the same tokens."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 192, generator=generator)
+    base = torch.zeros(512, 512)
+    weights = [torch.randn(*s, generator=generator) for _ in range(8) for s in ((8, 192), (512, 8))]
+    groups = tuple(grouped_lora.Group(start=64 * i, end=64 * (i + 1), scale=2.0) for i in range(8))
+    whole = (grouped_lora.Group(start=0, end=512, scale=2.0),)
+    grouped = middle_s(lambda: grouped_lora.forward(base, x, groups, weights))
+    reference = middle_s(lambda: grouped_lora.reference(base, x, groups, weights))
+    single = middle_s(lambda: grouped_lora.forward(base, x, whole, weights[:2]))
+    return (
+        f"grouped LoRA, 8 tasks x 64 tokens, rank 8, 192 to 512: {grouped / single:.2f} x one task of 512 tokens, "
+        f"{reference / grouped:.2f} x faster than the plain reference"
+    )
+
+
+def main() -> None:
+    """Print every figure."""
+    born = birth("cpu")
+    say(f"{born.device}, {born.cores} cores, {born.driver}, revision {born.revision}, reference GEMM {reference_ns() / 1e3:.0f} us")
+    say(help_time())
+    for line in planning():
+        say(line)
+    say(simulating())
+    say(adapters())
+
+
+if __name__ == "__main__":
+    main()

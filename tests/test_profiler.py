@@ -1,0 +1,164 @@
+"""The profiler: cases cover every plan, fitting divides drift out, a killed run resumes, and a real round is usable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from muxtune.policies.base import SystemState, make_policy, policies
+from muxtune.profiler.cases import LAYER, Case, message_sizes, needed_cases, octaves
+from muxtune.profiler.fit import fit
+from muxtune.profiler.provenance import birth
+from muxtune.profiler.run import Profiling
+from muxtune.profiler.store import Meta, Store
+from muxtune.sim.cost.roofline import Roofline
+from muxtune.sim.cost.table import Table
+from muxtune.sim.simulate import simulate
+from muxtune.spec.bind import bind
+from muxtune.spec.cluster import device_presets, parse_cluster
+from muxtune.spec.errors import InputError
+from muxtune.spec.layout import Layout, even_layout
+from muxtune.spec.lengths import embedded_length
+from muxtune.spec.model import model_preset
+from muxtune.spec.peft.lora import LoRA
+from muxtune.spec.task import Task, Workload
+
+CPU = device_presets()["cpu"]
+REFERENCE_NS = 350_000
+
+
+def _workload() -> Workload:
+    tasks = (
+        Task(task_id="a", peft=LoRA(rank=4), dataset="sst2", billed_len_tokens=16, global_batch_samples=3),
+        Task(task_id="b", peft=LoRA(rank=2, targets=("proj", "fc2")), dataset="sst2", billed_len_tokens=32, global_batch_samples=2),
+        Task(task_id="c", peft=LoRA(rank=4), dataset="sst2", billed_len_tokens=64, global_batch_samples=1),
+    )
+    return Workload(name="w", model=model_preset("tiny-test"), datasets=(embedded_length("sst2"),), tasks=tasks)
+
+
+def _layouts() -> list[Layout]:
+    model = model_preset("tiny-test")
+    return [even_layout(model), even_layout(model, pp=2)]
+
+
+def _true_ns(case: Case, direction: str) -> int:
+    """A made-up machine: fixed cost, plus time proportional to size; backward twice; a layer far above its operators."""
+    size = int(np.prod(case.size))
+    return (2_000 + 300 * size) * (1 if direction == "forward" else 2) * (40 if case.family == LAYER else 1)
+
+
+def _meta(cases: Sequence[Case], sizes_bytes: tuple[int, ...]) -> Meta:
+    return Meta(
+        device="cpu", model=model_preset("tiny-test"), cases=tuple(cases), message_bytes=sizes_bytes, provenance=birth("cpu")
+    )
+
+
+def _rows(cases: Sequence[Case], sizes_bytes: tuple[int, ...], drift: float) -> list[tuple[int, str, int, int, int]]:
+    """One round of the made-up machine, slowed down by `drift` as a whole, reference included."""
+    reference_ns = round(REFERENCE_NS * drift)
+    rows = []
+    for index, case in enumerate(cases):
+        for direction in ("weights",) if case.direction == "weights" else ("forward", "backward"):
+            ns = round(_true_ns(case, direction) * drift)
+            rows.append((index, direction, ns, ns, reference_ns))
+    for offset, size_bytes in enumerate(sizes_bytes):
+        for family in ("send", "p2p", "recv"):
+            ns = round((10_000 + size_bytes) * drift)
+            rows.append((len(cases) + offset, family, ns, ns, reference_ns))
+    ns = round(90_000 * drift)
+    return [*rows, (len(cases) + len(sizes_bytes), "all_reduce", ns, ns, reference_ns)]
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> tuple[Path, Workload, tuple[Case, ...]]:
+    workload = _workload()
+    cases, sizes_bytes = needed_cases([workload], _layouts()), message_sizes([workload])
+    store = Store(tmp_path / "p")
+    assert store.open(_meta(cases, sizes_bytes)) == 0
+    for number, drift in enumerate((1.0, 1.7, 0.6, 1.2, 3.0)):
+        store.append(number, _rows(cases, sizes_bytes, drift))
+    return store.folder, workload, cases
+
+
+def test_octaves_enclose_the_range() -> None:
+    assert octaves(8, 100) == (8, 16, 32, 64, 128)
+    assert octaves(9, 16) == (8, 16)
+    assert octaves(1, 1) == (1,)
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize("alignment", ["", ":alignment=varlen"])
+@pytest.mark.parametrize("name", sorted(policies()))
+def test_the_cases_cover_every_operator_of_every_policys_plan(
+    profile: tuple[Path, Workload, tuple[Case, ...]], name: str, alignment: str, pp: int
+) -> None:
+    folder, workload, _ = profile
+    policy = policies()[name]
+    if alignment and "alignment" not in getattr(policy.Config, "__dataclass_fields__", {}):
+        pytest.skip(f"{name} has no alignment option")
+    table = Table(fit(folder, workload.tasks), CPU)
+    layout = even_layout(workload.model, pp=pp)
+    state = SystemState(workload=workload, cluster=parse_cluster("2xcpu"), layout=layout, microbatches=2)
+    plan = make_policy(name + alignment, Roofline()).plan(state)
+    for seed in range(3):
+        found = simulate(bind(plan, seed=seed), table).estimate
+        assert found.extrapolated_fraction == 0
+        assert found.calibrated
+
+
+def test_fit_divides_out_the_drift(profile: tuple[Path, Workload, tuple[Case, ...]]) -> None:
+    folder, workload, cases = profile
+    fitted = fit(folder, workload.tasks)
+    assert fitted.reference_ns == round(REFERENCE_NS * 1.2)  # the median of the five rounds
+    points = {(c.family, c.direction, c.shape, p.size): p.p50_ns for c in fitted.curves for p in c.points}
+    checked = 0
+    for case in cases:
+        if case.family != LAYER and case.direction == "forward":
+            found = points[case.family, "forward", case.shape, case.size]
+            assert found == pytest.approx(1.2 * _true_ns(case, "forward"), rel=1e-3)
+            checked += 1
+    assert checked > 50
+
+
+def test_layer_overhead_is_what_the_operators_do_not_explain(profile: tuple[Path, Workload, tuple[Case, ...]]) -> None:
+    """A layer simulated with the fitted table takes the time that its nodes took."""
+    folder, workload, cases = profile
+    fitted = fit(folder, workload.tasks)
+    overhead = next(c for c in fitted.curves if c.family == "layer_overhead" and c.direction == "forward")
+    operators = {c.family for c in fitted.curves}
+    assert {"linear", "lora", "attention", "rmsnorm", "rope", "swiglu", "residual"} <= operators
+    layer = {c.size: 1.2 * _true_ns(c, "forward") for c in cases if c.family == LAYER}
+    for point in overhead.points:
+        assert 0 < point.p50_ns < layer[point.size]
+
+
+def test_a_profile_resumes_and_refuses_a_foreign_one(profile: tuple[Path, Workload, tuple[Case, ...]]) -> None:
+    folder, _, cases = profile
+    (folder / "round-0005.part").write_bytes(b"half a round")
+    assert Store(folder).open(_meta(cases, message_sizes([_workload()]))) == 5
+    with pytest.raises(InputError, match=r"meta\.json: holds a profile of another workload"):
+        Store(folder).open(_meta(cases[:-1], ()))
+
+
+def test_a_folder_without_a_profile_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no profile"):
+        Store(tmp_path).meta()
+
+
+@pytest.mark.dist
+def test_two_real_rounds_are_stored_resumed_and_fitted(tmp_path: Path) -> None:
+    workload = _workload()
+    told: list[tuple[int, int]] = []
+    for until in (1, 2):
+        with Profiling([workload], _layouts(), tmp_path / "p") as profiling:
+            assert profiling.done == until - 1
+            profiling.rounds(until, lambda done, total: told.append((done, total)))
+    assert told == [(1, 1), (2, 2)]
+    fitted = fit(tmp_path / "p", workload.tasks)
+    measured = {c.family for c in fitted.curves}
+    assert measured >= {"linear", "lora", "attention", "adamw", "layer_overhead", "launch", "instruction", "send", "p2p", "recv"}
+    assert all(p.p50_ns > 0 for c in fitted.curves for p in c.points if c.family != "layer_overhead")
+    assert fitted.provenance.environment
