@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 
 from muxtune.experiments import options as opt
-from muxtune.spec.errors import InputError
 
 app = typer.Typer(
     add_completion=False,
@@ -53,20 +52,12 @@ def _root(
 
 @app.command(epilog=example("demo --out out/demo"))
 def demo(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the result's files.")] = Path(
-        "out/demo"
-    ),
-    rounds: opt.Rounds = None,
-    seed: opt.Seed = 0,
-    as_json: opt.AsJson = False,
-) -> Answer:
+    out: opt.StudyFolder = Path("out/demo"), rounds: opt.Rounds = 20, seed: opt.Seed = 0, as_json: opt.AsJson = False
+) -> str:
     """Profile, plan, simulate, execute and compare, on this CPU."""
-    from muxtune.experiments.commands import demo as command
-    from muxtune.experiments.console import Progress
+    from muxtune.experiments.commands.demo import run
 
-    with Progress() as progress:
-        body = command.run(out=out, rounds=rounds, seed=seed, progress=progress)
-    return Answer(body=body, show=command.show, as_json=as_json)
+    return run(out=out, rounds=rounds, seed=seed, as_json=as_json)
 
 
 @app.command(epilog=example("profile --workload work.yaml --cluster cpu --pp 1,2 --out profiles/mine"))
@@ -217,23 +208,15 @@ def execute(
 @app.command(epilog=example("validate --suite cpu --out out/validate"))
 def validate(
     suite: Annotated[str, typer.Option("--suite", metavar="NAME", help="cpu or gpu.")] = "cpu",
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Folder.  [default: out/validate-SUITE]")
-    ] = None,
-    rounds: opt.Rounds = None,
+    out: opt.StudyFolder = Path("out/validate"),
+    rounds: opt.Rounds = 20,
     seed: opt.Seed = 0,
     as_json: opt.AsJson = False,
-) -> Answer:
+) -> str:
     """Hold predictions against measurements on this machine."""
-    from muxtune.experiments.commands import validate as command
-    from muxtune.experiments.console import Progress
+    from muxtune.experiments.commands.validate import run
 
-    if suite not in ("cpu", "gpu"):
-        raise InputError(f"unknown suite {suite!r}: known are cpu, gpu")
-    with Progress() as progress:
-        folder = out or Path(f"out/validate-{suite}")
-        body = command.run(suite=suite, out=folder, rounds=rounds, seed=seed, progress=progress)
-    return Answer(body=body, show=command.show, as_json=as_json)
+    return run(suite=suite, out=out, rounds=rounds, seed=seed, as_json=as_json)
 
 
 @app.command(epilog=example("report out/demo"))

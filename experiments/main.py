@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         found = typer.main.get_command(app).main(given, prog_name="muxtune", standalone_mode=False)
-        return _say(found) if isinstance(found, Answer) else _ended(found)
+        return _ended(found) if isinstance(found, int) else _say(found)
     except USAGE_ERROR as error:
         path = error.ctx.command_path if error.ctx is not None else "muxtune"
         return _complain(f"{error.format_message()} (see `{path} --help`)", InputError.exit_code)
@@ -48,18 +48,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(f"{error.filename}: {error.strerror}", InputError.exit_code)
 
 
-def _say(answer: Answer) -> int:
-    from muxtune.experiments.console import json_text
+def _say(found: Answer | str | None) -> int:
+    """Print a command's answer (a study's comes as text); None is a command that has already spoken."""
+    if isinstance(found, Answer):
+        from muxtune.experiments.console import json_text
 
-    sys.stdout.write(json_text(answer.body) if answer.as_json else answer.show(answer.body))
+        text = json_text(found.body) if found.as_json else found.show(found.body)
+    else:
+        text = found or ""
+    sys.stdout.write(text)
     sys.stdout.flush()
-    return 0 if answer.ok else NoAnswerError.exit_code
+    return NoAnswerError.exit_code if isinstance(found, Answer) and not found.ok else 0
 
 
-def _ended(code: Any) -> int:
-    if code == INTERRUPTED:
-        return _complain("interrupted", INTERRUPTED)
-    return code if isinstance(code, int) else 0
+def _ended(code: int) -> int:
+    return _complain("interrupted", INTERRUPTED) if code == INTERRUPTED else code
 
 
 def _complain(text: str, code: int) -> int:

@@ -56,6 +56,5 @@ OutFolder = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Fo
 TraceFile = Annotated[
     Path | None, typer.Option("--trace", metavar="FILE", help="Write a Chrome trace (opens in Perfetto).")
 ]
-Rounds = Annotated[
-    int | None, typer.Option("--rounds", metavar="N", min=1, help="Counted rounds of plans. [default: by the suite]")
-]
+StudyFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for report, trace and results.")]
+Rounds = Annotated[int, typer.Option("--rounds", metavar="N", min=2, help="Rounds that count; 20 resolve 10 %.")]

@@ -112,13 +112,13 @@ def test_an_unmeasured_group_is_never_guessed(allow_extrapolation: bool) -> None
         model.latency(wide, CPU)
 
 
-def test_remainders_may_be_negative_and_are_priced_at_least_0() -> None:
+def test_remainders_may_be_negative_and_stay_so() -> None:
     model = table(curve("layer_overhead", {16: -100, 32: 100, 64: 300}, (64, 128)))
 
     def at(tokens: int) -> int:
         return model.latency(ops.overhead(tokens, 64, 128, "forward", "fp32"), CPU).p50_ns
 
-    assert [at(n) for n in (16, 20, 24, 28, 32, 48, 64)] == [0, 0, 0, 50, 100, 200, 300]
+    assert [at(n) for n in (16, 20, 24, 28, 32, 48, 64)] == [-100, -50, 0, 50, 100, 200, 300]
 
 
 def test_host_constants() -> None:

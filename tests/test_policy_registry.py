@@ -13,7 +13,7 @@ from muxtune.policies import base
 from muxtune.policies.base import NoConfig, Policy, make_policy, policies
 from muxtune.spec import registry
 from muxtune.spec.check import check
-from muxtune.spec.errors import DuplicateKeyError, InputError, UnknownKeyError
+from muxtune.spec.errors import DuplicateKeyError, InputError
 
 MINE = """
 from muxtune.policies.base import Policy

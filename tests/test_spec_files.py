@@ -206,7 +206,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 def test_schema_names_every_field() -> None:
     schema = json_schema(Plan)
-    assert set(schema["properties"]) == {f for f in Plan.__dataclass_fields__}
+    assert set(schema["properties"]) == set(Plan.__dataclass_fields__)
     assert schema["additionalProperties"] is False
 
 

@@ -65,13 +65,13 @@ def _solver(record: SolverRecord | None) -> dict[str, Any] | None:
 
 
 class Alone:
-    """Step time of a task that has the devices for itself (`hf-peft` with one task); equal tasks are planned once."""
+    """Iteration time of a task that has the devices for itself (`hf-peft` with one task); equal tasks are planned once."""
 
     def __init__(self, workload: Workload, cluster: Cluster, cost: CostModel, seed: int) -> None:
         self.workload, self.cluster, self.cost, self.seed = workload, cluster, cost, seed
         self._known: dict[Any, int | None] = {}
 
-    def step_ns(self, task: Task, layout: Layout, microbatches: int) -> int | None:
+    def iteration_ns(self, task: Task, layout: Layout, microbatches: int) -> int | None:
         """None where the task alone has no feasible plan, or the cost model no figure for it."""
         key = (task.peft, task.billed_len_tokens, task.global_batch_samples, layout, microbatches)
         if key not in self._known:
@@ -85,17 +85,18 @@ class Alone:
         )
         try:
             plan = HfPeft(NoConfig(), self.cost).plan(state)
-            return estimate(plan, self.cost, self.seed).per_task[0].step_ns
+            return estimate(plan, self.cost, self.seed).iteration_ns
         except MuxtuneError:
             return None
 
     def per_task(self, plan: Plan, found: Estimate) -> dict[str, Any]:
-        """Step time of every task under a plan, and its slowdown against running alone."""
+        """Every task's step time, and its slowdown: time from one of its steps to the next, against running alone."""
         places = {task: (i.layout, i.microbatches) for i in plan.instances for task in i.tasks}
         body: dict[str, Any] = {}
         for row in found.per_task:
-            alone_ns = self.step_ns(self.workload.task(row.task), *places[row.task])
-            body[row.task] = {"step_ns": row.step_ns, "slowdown": row.step_ns / alone_ns if alone_ns else None}
+            alone_ns = self.iteration_ns(self.workload.task(row.task), *places[row.task])
+            slowdown = found.iteration_ns / alone_ns if alone_ns else None
+            body[row.task] = {"step_ns": row.step_ns, "slowdown": slowdown}
         return body
 
 
