@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import typer
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _ended(found) if isinstance(found, int) else _say(found)
     except USAGE_ERROR as error:
         path = error.ctx.command_path if error.ctx is not None else "muxtune"
-        return _complain(f"{error.format_message()} (see `{path} --help`)", InputError.exit_code)
+        return _complain(f"{error.format_message()}{_got(given, error)} (see `{path} --help`)", InputError.exit_code)
     except MuxtuneError as error:
         if isinstance(error, NoAnswerError) and "--json" in given:
             _say(Answer(body={"feasible": False, "reason": str(error)}, show=str, as_json=True))
@@ -63,6 +64,12 @@ def _say(found: Answer | str | None) -> int:
 
 def _ended(code: int) -> int:
     return _complain("interrupted", INTERRUPTED) if code == INTERRUPTED else code
+
+
+def _got(given: Sequence[str], error: Any) -> str:
+    """The value that an option was given; typer's message leaves it out."""
+    names = getattr(getattr(error, "param", None), "opts", ())
+    return next((f", got {value!r}" for option, value in pairwise(given) if option in names), "")
 
 
 def _complain(text: str, code: int) -> int:

@@ -22,7 +22,6 @@ from muxtune.spec.cluster import Cluster
 from muxtune.spec.files import write_noun
 from muxtune.spec.layout import Layout, even_layout
 from muxtune.spec.metrics import bubble_fraction, compare_causes, kendall_tau_b
-from muxtune.spec.noun import digest
 from muxtune.spec.program import Bound
 from muxtune.spec.task import Workload
 
@@ -139,10 +138,13 @@ class Study:
         )
 
     def _measure(self, layout: Layout) -> None:
-        mine = {p.name: p.bound for p in self.planned if p.layout_name == layout_name(layout)}
+        """Policies that decided alike share one Program, which is measured once."""
+        mine = [p for p in self.planned if p.layout_name == layout_name(layout)]
+        bounds = {p.bound.program.digest(): p.bound for p in mine}
+        label = f"execute on {layout_name(layout)}"
         with WorkerGroup(layout) as group:
-            label = f"execute on {layout_name(layout)}"
-            self.measured |= measure_plans(group, mine, self.config.rounds, lambda d, n: self.progress(label, d, n))
+            found = measure_plans(group, bounds, self.config.rounds, lambda d, n: self.progress(label, d, n))
+        self.measured |= {p.name: found[p.bound.program.digest()] for p in mine}
 
     def result(self, complete: bool) -> tuple[StudyResult, list[Pair]]:
         """Rows, rankings and timelines of the plans measured so far, on the costs fitted so far."""
@@ -192,7 +194,7 @@ def plan_row(planned: Planned, simulation: Simulation, measured: Measured, refer
         workload=planned.workload.name,
         layout=planned.layout_name,
         policy=planned.policy,
-        plan_digest=digest(planned.bound.plan),
+        plan_digest=planned.bound.plan.decision_digest(),
         program_digest=planned.bound.program.digest(),
         predicted_ns=found.iteration_ns,
         measured_ns=measured_ns,

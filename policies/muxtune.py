@@ -1,4 +1,4 @@
-"""muxtune: the paper's planner. DP fusion (§3.3, Eq. 6), bucket balance (§3.4, Eq. 7), eager template (§3.4.1)."""
+"""muxtune: the paper's planner. DP fusion (Eq. 6), bucket balance (Eq. 7), eager template (§3.4.1), Algorithm 1."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Literal, get_args
 from muxtune.policies.base import Policy, SystemState
 from muxtune.policies.build import make_instance, make_plan, require_feasible
 from muxtune.policies.fusion import exact_partition, paper_partition
+from muxtune.policies.launches import launch_lists
 from muxtune.policies.surrogate import Partition, Surrogate, value_ns
 from muxtune.policies.template import schedule
 from muxtune.spec.align import ALIGNMENTS, Alignment
 from muxtune.spec.noun import noun
-from muxtune.spec.plan import Instance, Plan, SolverRecord
+from muxtune.spec.plan import Bucket, Instance, Plan, SolverRecord
 
 Charge = Literal["paper", "exact"]
 
@@ -54,14 +55,10 @@ class MuxTune(Policy):
         surrogate = Surrogate(self.cost, state, self.config.alignment)
         surrogate.require_single_tasks()
         groups = self._fuse(surrogate)
-        solver = SolverRecord(
-            name="contiguous-dp" if self.config.fusion else "no-fusion",
-            status=f"exact for its recurrence (charge {self.config.charge})"
-            if self.config.fusion
-            else "nothing to solve",
-            value_ns=value_ns(surrogate, groups),
-            evaluations=surrogate.priced,
-        )
+        fused = ("contiguous-dp", f"exact for its recurrence (charge {self.config.charge})")
+        name, status = fused if self.config.fusion else ("no-fusion", "nothing to solve")
+        value = value_ns(surrogate, groups)
+        solver = SolverRecord(name=name, status=status, value_ns=value, evaluations=surrogate.priced)
         instance = self._arrange(state, surrogate, groups)
         return require_feasible(make_plan(self, "muxtune", state, [instance], solver))
 
@@ -76,4 +73,14 @@ class MuxTune(Policy):
             return make_instance(state, "shared", groups, [[h] for h in range(len(groups))], self.config.alignment)
         found = schedule(surrogate, groups)
         instance = make_instance(state, "shared", groups, found.buckets, self.config.alignment)
-        return replace(instance, order="explicit", orders=found.template.orders)
+        buckets = tuple(self._launched(surrogate, groups, b) for b in instance.buckets)
+        return replace(instance, buckets=buckets, order="explicit", orders=found.template.orders)
+
+    @staticmethod
+    def _launched(surrogate: Surrogate, groups: Partition, bucket: Bucket) -> Bucket:
+        """The bucket with its launch lists, where an order inside the clock makes a difference."""
+        if len(bucket.htasks) == 1 or not surrogate.overlaps:
+            return bucket
+        return replace(
+            bucket, launches=tuple(launch_lists(surrogate, bucket.htasks, [groups[h] for h in bucket.htasks]))
+        )

@@ -14,11 +14,11 @@ from muxtune.policies.build import planning_row
 from muxtune.sim.cost.base import CostModel, batch_ops
 from muxtune.spec import ops
 from muxtune.spec.align import Batch
-from muxtune.spec.catalogue import StageContext
+from muxtune.spec.catalogue import StageContext, stage_subgraphs, subgraph_ops
 from muxtune.spec.cluster import DeviceSpec
 from muxtune.spec.layout import Layout
 from muxtune.spec.noun import noun
-from muxtune.spec.ops import Op
+from muxtune.spec.ops import Op, host
 from muxtune.spec.peft import TARGETS, PeftSpec
 from muxtune.spec.task import Workload
 
@@ -48,10 +48,24 @@ class Shape:
                 runs.append((rows, length))
         return tuple(runs)
 
+    def row_batch(self) -> Batch:
+        """All rows."""
+        rows = (planning_row(task, slot, length) for task, count, length in self.parts for slot in range(count))
+        return Batch(htask=0, rows=tuple(rows))
+
     def token_batch(self) -> Batch:
         """One row a task with all its tokens: enough for whatever depends on tokens and not on single rows."""
         rows = (planning_row(task, 0, count * length) for task, count, length in self.parts)
         return Batch(htask=0, rows=tuple(rows))
+
+
+@noun
+class Node:
+    """A compute subgraph with the collective appended to it (§3.4.2); `collective` says whether there is one."""
+
+    compute_ns: int
+    collective: bool = False
+    comm_ns: int = 0
 
 
 def thin_context(context: StageContext, layers: int) -> StageContext:
@@ -71,8 +85,8 @@ class StageLatency:
         self, cost: CostModel, device: DeviceSpec, workload: Workload, contexts: Sequence[StageContext]
     ) -> None:
         self.cost, self.device, self.element_bytes = cost, device, workload.model.element_bytes
-        layout = contexts[0].layout
-        self.layout = layout
+        self.contexts = tuple(contexts)
+        self.layout = layout = contexts[0].layout
         self.thin = tuple(thin_context(c, 1) for c in contexts)
         self.two_layers = thin_context(contexts[0], 2)
         two_stages: Layout = replace(layout, pp=2, layers_per_stage=(1, 1))
@@ -82,6 +96,7 @@ class StageLatency:
         self.op_ns: dict[Op, int] = {}
         self.frozen: dict[tuple[int, Runs, int, Direction], tuple[int, ...]] = {}
         self.adapter: dict[tuple[PeftSpec, int, Direction], tuple[int, int]] = {}
+        self.chains: dict[tuple[int, Shape, Direction], tuple[Node, ...]] = {}
 
     def latency_ns(self, shape: Shape, direction: Direction) -> tuple[int, ...]:
         """Time of a micro-batch on each stage, nothing beside it; a CPU's host time counts as compute."""
@@ -95,6 +110,21 @@ class StageLatency:
             if self.first_target[task] == self.first_target[lead]:
                 stages[0] += first_layer - layer
         return tuple(stages)
+
+    def chain(self, stage: int, shape: Shape, direction: Direction) -> tuple[Node, ...]:
+        """What a micro-batch launches on a stage, in order: compute subgraphs, each with its collective."""
+        key = (stage, shape, direction)
+        if key not in self.chains:
+            nodes: list[Node] = []
+            groups = subgraph_ops(self.contexts[stage], shape.row_batch(), direction)
+            for subgraph, group in zip(stage_subgraphs(self.layout, stage, direction), groups, strict=True):
+                price_ns = sum(map(self._op_ns, (host("launch", direction), *group)))
+                if subgraph.kind == "collective":
+                    nodes[-1] = replace(nodes[-1], collective=True, comm_ns=price_ns)
+                else:
+                    nodes.append(Node(compute_ns=price_ns))
+            self.chains[key] = tuple(nodes)
+        return self.chains[key]
 
     def _frozen_ns(self, lead: str, tokens: int, runs: Runs, direction: Direction) -> tuple[int, ...]:
         """Backbone, launches and collectives on each stage; `lead` adapts the hTask's earliest BaseOp."""

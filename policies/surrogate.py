@@ -1,7 +1,7 @@
 """Surrogate of a plan: W + Σ_Q 2C·max_s L^s(Q) over its hTasks Q, W = the largest 2·Σ_{s<S} L^s(Q) (MuxTune Eq. 3-4).
 
 L^s is the mean of an hTask's forward and backward latency on stage s, so that 2·L^s is the time of one clock pair. The
-largest micro-batch stands for all C. Collectives count as exposed: what a bucket hides is left to the simulator.
+largest micro-batch stands for all C. Collectives count as exposed, as they are where a bucket holds one hTask.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Protocol
 
 from muxtune.policies.base import SystemState
 from muxtune.policies.build import mean_length, microbatch_samples, stage_contexts
-from muxtune.policies.stage_latency import Shape, StageLatency, stage_kind, thin_context
+from muxtune.policies.stage_latency import Direction, Shape, StageLatency, stage_kind, thin_context
 from muxtune.sim.cost.base import CostModel
 from muxtune.spec.align import Alignment, Batch
 from muxtune.spec.errors import ExtrapolationError, InfeasibleError
@@ -151,6 +151,18 @@ class Surrogate:
     def steady_ns(self, tasks: tuple[str, ...]) -> int:
         """2C·max_s L^s: the steady phase."""
         return self.state.microbatches * max(self._largest(tasks).pair_ns)
+
+    def direction_ns(self, tasks: tuple[str, ...], index: int, stage: int, direction: Direction) -> int:
+        """Forward or backward of micro-batch `index` on a stage, nothing beside it; 0 without samples."""
+        cost = self.microbatch(tasks, index)
+        if cost is None:
+            return 0
+        return (cost.forward_ns if direction == "forward" else cost.backward_ns)[stage]
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether collectives run beside compute: there are some, and they have a stream of their own."""
+        return self.state.layout.tp > 1 and not self.state.cluster.device.is_cpu
 
     def first_stage_ns(self, tasks: tuple[str, ...]) -> int:
         """2·L^(1): what buckets are balanced and sorted by."""

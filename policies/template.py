@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 
+from muxtune.policies.launches import unit_ns
+from muxtune.policies.stage_latency import DIRECTIONS
 from muxtune.policies.surrogate import MicrobatchCost, Partition, Surrogate
 from muxtune.spec.noun import noun
 from muxtune.spec.order import Template, eager
@@ -77,33 +79,36 @@ def schedule(surrogate: Surrogate, groups: Partition) -> Schedule:
 
 def eager_template(surrogate: Surrogate, groups: Partition, buckets: Buckets) -> Template | None:
     """The eager order of buckets, a bucket's units consecutive, and its makespan; None if a unit alone does not fit."""
-    units = _unit_costs(surrogate, groups, buckets)
-    stages = range(surrogate.stages)
-    held = {(s, k): sum(x.held_bytes[s] for x in v) for k, v in units.items() for s in stages}
-    transient = {(s, k): _transient_bytes(v, s, surrogate.stages) for k, v in units.items() for s in stages}
-    free = [surrogate.memory_bytes - surrogate.static_bytes[s] for s in stages]
-    if any(held[s, k] + transient[s, k] > free[s] for s, k in held):
+    units = _units(surrogate, groups, buckets)
+    held: dict[tuple[int, OrderKey], int] = {}
+    transient: dict[tuple[int, OrderKey], int] = {}
+    latency: dict[tuple[int, OrderKey, str], int] = {}
+    for key, members in units.items():
+        costs = [x for x in (surrogate.microbatch(tasks, key[1]) for tasks in members) if x is not None]
+        for s in range(surrogate.stages):
+            held[s, key] = sum(x.held_bytes[s] for x in costs)
+            transient[s, key] = _transient_bytes(costs, s, surrogate.stages)
+            for direction in DIRECTIONS:
+                latency[s, key, direction] = unit_ns(surrogate, members, key[1], s, direction)
+    free = [surrogate.memory_bytes - static for static in surrogate.static_bytes]
+    if any(held[s, key] + transient[s, key] > free[s] for s, key in held):
         return None
-    forward = {(s, k): sum(x.forward_ns[s] for x in v) for k, v in units.items() for s in stages}
-    backward = {(s, k): sum(x.backward_ns[s] for x in v) for k, v in units.items() for s in stages}
+    budget = [free[s] - max(transient[s, key] for key in units) for s in range(surrogate.stages)]
     return eager(
         tuple(units),
         surrogate.stages,
-        lambda s, key, direction: (forward if direction == "forward" else backward)[s, key],
-        lambda s, key: held[s, key],
-        [free[s] - max(transient[s, k] for k in units) for s in stages],
+        lambda stage, key, direction: latency[stage, key, direction],
+        lambda stage, key: held[stage, key],
+        budget,
     )
 
 
-def _unit_costs(
-    surrogate: Surrogate, groups: Partition, buckets: Buckets
-) -> dict[OrderKey, tuple[MicrobatchCost, ...]]:
-    """The micro-batches of each unit, bucket after bucket; units without samples are left out."""
-    units: dict[OrderKey, tuple[MicrobatchCost, ...]] = {}
+def _units(surrogate: Surrogate, groups: Partition, buckets: Buckets) -> dict[OrderKey, Partition]:
+    """The hTasks with samples in each unit, bucket after bucket; units without samples are left out."""
+    units: dict[OrderKey, Partition] = {}
     for b, bucket in enumerate(buckets):
         for c in range(surrogate.state.microbatches):
-            costs = (surrogate.microbatch(groups[h], c) for h in bucket)
-            if present := tuple(x for x in costs if x is not None):
+            if present := tuple(groups[h] for h in bucket if surrogate.microbatch(groups[h], c) is not None):
                 units[b, c] = present
     return units
 

@@ -8,7 +8,6 @@ from muxtune.spec.align import Batch, Row
 from muxtune.spec.catalogue import stage_subgraphs
 from muxtune.spec.draw import Draw, align_sample, draw_samples
 from muxtune.spec.errors import PlanError
-from muxtune.spec.noun import digest
 from muxtune.spec.order import feed_of, gpipe, one_f_one_b
 from muxtune.spec.plan import Action, Bucket, Instance, Launch, LaunchList, Plan, StageOrder
 from muxtune.spec.program import Bound, Instruction, Program, RankProgram, StageLaunches, UnitKey, UnitWork
@@ -44,7 +43,7 @@ def bind_draw(plan: Plan, draw: Draw, first_step: int = 0) -> Bound:
             for rank, device in enumerate(instance.devices):
                 lists[device] += _rank_instructions(plan, index, rank, step, works, tags)
     program = Program(
-        plan_digest=digest(plan),
+        plan_digest=plan.decision_digest(),
         seed=draw.seed,
         steps=draw.steps,
         ranks=tuple(RankProgram(rank=device, instructions=tuple(lists[device])) for device in sorted(lists)),

@@ -8,7 +8,7 @@ from muxtune.spec.align import ALIGNMENTS, Alignment
 from muxtune.spec.cluster import Cluster
 from muxtune.spec.estimate import Estimate
 from muxtune.spec.layout import Layout
-from muxtune.spec.noun import noun
+from muxtune.spec.noun import digest, noun
 from muxtune.spec.task import Workload
 
 PLAN_VERSION = 1
@@ -185,3 +185,7 @@ class Plan:
     def __post_init__(self) -> None:
         if self.version != PLAN_VERSION:
             raise ValueError(f"version={self.version}: this muxtune reads version {PLAN_VERSION}")
+
+    def decision_digest(self) -> str:
+        """Digest of what is executed: two policies that decide alike give one Program, whoever made the plan."""
+        return digest((self.version, self.workload, self.cluster, self.instances, self.sharing, self.residency))

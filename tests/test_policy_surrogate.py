@@ -85,6 +85,18 @@ def test_latency_equals_the_sum_over_operators(
             assert mine[stage] == stage_latency_ns(Uneven(), state.cluster.device, context, batch, direction)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("pp", [1, 2, 4])
+def test_warm_up_and_steady_phase(pp: int, tiny_state: Any) -> None:
+    """2·Σ_{s<S} L^s leaves the last stage out; 2C·max_s L^s."""
+    surrogate = Surrogate(Uneven(), tiny_state(pp=pp, microbatches=3), "pad")
+    cost = surrogate.microbatch(("t0", "t2"))
+    assert cost is not None
+    pairs = [f + b for f, b in zip(cost.forward_ns, cost.backward_ns, strict=True)]
+    assert surrogate.warmup_ns(("t0", "t2")) == sum(pairs) - pairs[-1]
+    assert surrogate.steady_ns(("t0", "t2")) == 3 * max(pairs)
+    assert surrogate.first_stage_ns(("t0", "t2")) == pairs[0]
+
+
 def test_later_microbatches_hold_what_is_left(tiny_state: Any, tiny_workload: Any) -> None:
     # Samples 5 and 2 over C=4: micro-batches of (2, 1), (1, 1), (1), (1) samples.
     surrogate = Surrogate(Uneven(), tiny_state(tiny_workload(2, samples=(5, 2)), microbatches=4), "pad")

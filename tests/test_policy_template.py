@@ -121,5 +121,16 @@ def test_memory_bounds_what_is_launched(tiny_state: Callable[..., Any], tiny_wor
         assert found is not None
         assert in_flight(found, 0) == allowed
         assert found.makespan_ns >= free.makespan_ns
-    too_small = tiny_state(workload, pp=2, microbatches=8, memory_bytes=roomy.static_bytes[0] + unit.held_bytes[0])
-    assert eager_template(Surrogate(fake_cost(), too_small, "pad"), groups, per_stage) is None
+
+
+def test_a_unit_must_fit_with_its_transient(tiny_state: Any, tiny_workload: Any, fake_cost: Any) -> None:
+    workload = tiny_workload(1, samples=(4,))
+    roomy = Surrogate(fake_cost(), tiny_state(workload, pp=2, microbatches=4), "pad")
+    unit = roomy.microbatch(("t0",))
+    assert unit is not None
+    gradient = (unit.message_bytes, 0)
+    one_unit = [roomy.static_bytes[s] + unit.held_bytes[s] + unit.working_bytes[s] + gradient[s] for s in (0, 1)]
+    for memory_bytes, fits in ((max(one_unit), True), (max(one_unit) - 1, False)):
+        state = tiny_state(workload, pp=2, microbatches=4, memory_bytes=memory_bytes)
+        found = eager_template(Surrogate(fake_cost(), state, "pad"), (("t0",),), ((0,),))
+        assert (found is not None) == fits

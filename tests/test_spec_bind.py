@@ -11,7 +11,7 @@ from muxtune.spec.bind import bind, stage_orders
 from muxtune.spec.draw import draw_samples
 from muxtune.spec.errors import PlanError
 from muxtune.spec.noun import digest
-from muxtune.spec.plan import Action, Provenance, StageOrder
+from muxtune.spec.plan import Action, MadeBy, Provenance, StageOrder
 from muxtune.spec.program import Instruction
 
 
@@ -133,8 +133,11 @@ def test_digest_depends_on_plan_seed_and_steps_only(two_by_two: Any) -> None:
     assert len({base, *others}) == 4
 
 
-def test_plan_digest_stands_in_the_program(two_by_two: Any) -> None:
-    assert bind(two_by_two, seed=0).program.plan_digest == digest(two_by_two)
+def test_the_decision_stands_in_the_program_not_its_maker(two_by_two: Any) -> None:
+    signed = replace(two_by_two, made_by=MadeBy(policy="other"))
+    assert digest(signed) != digest(two_by_two)
+    assert bind(two_by_two, seed=0).program.plan_digest == signed.decision_digest()
+    assert bind(two_by_two, seed=0).program == bind(signed, seed=0).program
 
 
 def test_draws_do_not_depend_on_neighbours(tiny_workload: Any) -> None:

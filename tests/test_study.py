@@ -17,7 +17,6 @@ from muxtune.spec.errors import NoAnswerError, UnknownKeyError
 from muxtune.spec.files import read_noun
 from muxtune.spec.lengths import embedded_length
 from muxtune.spec.model import model_preset
-from muxtune.spec.noun import digest
 from muxtune.spec.peft.lora import LoRA
 from muxtune.spec.plan import Plan
 from muxtune.spec.task import Task, Workload
@@ -101,7 +100,7 @@ def test_files_are_there_and_valid(study: tuple[StudyResult, list[Pair], list[bo
     processes = {e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "process_name"}
     assert {"predicted pp=2 muxtune", "measured pp=2 muxtune"} <= processes
     assert "</html>" in (out / "report.html").read_text()
-    assert digest(read_noun(Plan, out / "plan.json")) in {row.plan_digest for row in result.rows}
+    assert read_noun(Plan, out / "plan.json").decision_digest() in {row.plan_digest for row in result.rows}
     assert (out / "costs.json").exists()
 
 
