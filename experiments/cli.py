@@ -98,9 +98,18 @@ def plan(
 ) -> Answer:
     """Let one policy decide, and write its plan."""
     from muxtune.experiments.commands import plan as command
+    from muxtune.experiments.commands.problem import Options
 
-    options: dict[str, Any] = {"tp": tp, "pp": pp, "dp": dp, "microbatches": microbatches, "cost": cost, "seed": seed}
-    body = command.run(workload, cluster, policy, out, allow_extrapolation=allow_extrapolation, **options)
+    options = Options(
+        tp=tp,
+        pp=pp,
+        dp=dp,
+        microbatches=microbatches,
+        cost=cost,
+        allow_extrapolation=allow_extrapolation,
+        seed=seed,
+    )
+    body = command.run(workload, cluster, policy, out, options)
     return Answer(body=body, show=command.show, as_json=as_json)
 
 
@@ -165,21 +174,22 @@ def compare(
 ) -> Answer:
     """Let several policies plan one workload; fastest first."""
     from muxtune.experiments.commands import compare as command
+    from muxtune.experiments.commands.problem import Options
     from muxtune.experiments.console import Progress
 
-    options: dict[str, Any] = {
-        "tp": tp,
-        "pp": pp,
-        "dp": dp,
-        "microbatches": microbatches,
-        "cost": cost,
-        "draws": draws,
-        "seed": seed,
-    }
-    options |= {"allow_extrapolation": allow_extrapolation, "out": out}
+    options = Options(
+        tp=tp,
+        pp=pp,
+        dp=dp,
+        microbatches=microbatches,
+        cost=cost,
+        allow_extrapolation=allow_extrapolation,
+        draws=draws,
+        seed=seed,
+    )
     references = (*command.split_policies(policies), *(policy or ()))
     with Progress() as progress:
-        body = command.run(workload, cluster, references, progress=progress, **options)
+        body = command.run(workload, cluster, references, options, out=out, progress=progress)
     return Answer(body=body, show=command.show, as_json=as_json, ok=body["best"] is not None)
 
 

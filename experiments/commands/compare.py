@@ -8,32 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from muxtune.experiments.commands.inputs import (
-    Progress,
-    choose_layout,
-    layout_text,
-    load_cost,
-    output_folder,
-    silent,
-)
+from muxtune.experiments.commands.inputs import Progress, output_folder, silent
 from muxtune.experiments.commands.plan import timed_plan
-from muxtune.experiments.commands.rows import (
-    UNCALIBRATED,
-    Alone,
-    cost_body,
-    cost_text,
-    feasible_row,
-    figures_table,
-    infeasible_row,
-)
+from muxtune.experiments.commands.problem import Options, problem_text, read_problem
+from muxtune.experiments.commands.rows import UNCALIBRATED, Alone, feasible_row, figures_table, infeasible_row
 from muxtune.experiments.console import json_text, render
 from muxtune.policies.base import Policy, SystemState, make_policy, policies
-from muxtune.sim.simulate import make_evaluate
-from muxtune.sim.traces.cluster import read_cluster
-from muxtune.sim.traces.workload import read_workload
 from muxtune.spec.errors import InputError, MuxtuneError
 from muxtune.spec.files import write_noun, write_text
-from muxtune.spec.noun import digest
 from muxtune.spec.plan import Plan
 
 
@@ -55,15 +37,8 @@ def run(
     workload: Path,
     cluster: str,
     references: Sequence[str] = (),
+    options: Options | None = None,
     *,
-    tp: int = 1,
-    pp: int | None = None,
-    dp: int = 1,
-    microbatches: int = 4,
-    cost: str = "roofline",
-    allow_extrapolation: bool = False,
-    draws: int = 8,
-    seed: int = 0,
     out: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -73,39 +48,18 @@ def run(
         InputError: wrong file, name or option. A policy without an answer is a row, not an error.
     """
     folder = output_folder(out) if out else None
-    tasks, place = read_workload(workload), read_cluster(cluster)
-    model = load_cost(cost, place, allow_extrapolation)
-    layout = choose_layout(tasks.model, place, tp, pp, dp)
-    made = {name: make_policy(name, model) for name in references or policies()}
-    alone = Alone(tasks, place, model, seed)
+    problem = read_problem(workload, cluster, options or Options())
+    made = {name: make_policy(name, problem.cost) for name in references or policies()}
+    alone = problem.alone()
     rows: list[dict[str, Any]] = []
-    for index, (name, policy) in enumerate(made.items()):
-        # A fresh evaluate for each policy: none is faster because another one has filled the cache.
-        state = SystemState(
-            workload=tasks,
-            cluster=place,
-            layout=layout,
-            microbatches=microbatches,
-            seed=seed,
-            evaluate=make_evaluate(model, seed, draws),
-        )
-        row, plan = _row(name, policy, state, alone)
+    for index, (name, policy) in enumerate(made.items(), start=1):
+        row, plan = _row(name, policy, problem.state(), alone)
         rows.append(row)
         if folder and plan:
-            write_noun(plan, folder / f"plan-{index + 1}-{re.sub('[^A-Za-z0-9]+', '-', name).strip('-')}.json")
-        progress("plan", index + 1, len(made))
+            write_noun(plan, folder / f"plan-{index}-{re.sub('[^A-Za-z0-9]+', '-', name).strip('-')}.json")
+        progress("plan", index, len(made))
     rows.sort(key=lambda r: (not r["feasible"], r["iteration_ns"] or 0, r["policy"]))
-    body = {
-        "workload": tasks.name,
-        "cluster": place.name,
-        "layout": layout_text(layout),
-        "microbatches": microbatches,
-        "seed": seed,
-        "cost_model": cost_body(model),
-        "workload_digest": digest(tasks),
-        **_best(rows),
-        "rows": rows,
-    }
+    body = {**problem.body(), **_best(rows), "rows": rows}
     if folder:
         write_text(folder / "compare.json", json_text(body))
     return body
@@ -141,9 +95,8 @@ def _best(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def show(body: dict[str, Any]) -> str:
     """Feasible policies by iteration time, the others with their reasons."""
-    head = f"{body['workload']} on {body['cluster']}, {body['layout']}, {body['microbatches']} micro-batches"
     feasible = [r for r in body["rows"] if r["feasible"]]
-    parts: list[Any] = [f"{head}, {cost_text(body['cost_model'])}"]
+    parts: list[Any] = [problem_text(body)]
     if feasible:
         parts += [figures_table(feasible, body["best"]), "* fastest"]
     if body["unresolved"]:

@@ -53,11 +53,6 @@ def choose_layout(model: ModelSpec, cluster: Cluster, tp: int, pp: int | None, d
     return even_layout(model, tp=tp, pp=stages, dp=dp)
 
 
-def layout_text(layout: Layout) -> str:
-    """`tp=1 pp=2 dp=1`."""
-    return f"tp={layout.tp} pp={layout.pp} dp={layout.dp}"
-
-
 def load_cost(reference: str, cluster: Cluster, allow_extrapolation: bool = False) -> CostModel:
     """A cost model by name, or a fitted table: its file, a profile folder, or the name of a folder of `profiles`.
 
