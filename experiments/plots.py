@@ -187,9 +187,10 @@ def _pipeline(pair: Pair) -> Figure:
         left=0.055, right=0.99, top=1 - 0.3 / height, bottom=0.8 / height, hspace=0.42 / (0.34 * ranks)
     )
     top, bottom = figure.subplots(2, 1, sharex=True)
-    end_ms = max(pair.predicted.makespan_ns, pair.measured.makespan_ns) / NS_PER_MS
+    predicted = pair.predicted_at_speed
+    end_ms = max(predicted.makespan_ns, pair.measured.makespan_ns) / NS_PER_MS
     points_per_ms = 72 * 11.0 * (0.99 - 0.055) / end_ms
-    for axes, name, timeline in ((top, "predicted", pair.predicted), (bottom, "measured", pair.measured)):
+    for axes, name, timeline in ((top, "predicted", predicted), (bottom, "measured", pair.measured)):
         _lanes(axes, timeline, points_per_ms)
         steps = f" for {timeline.steps} steps" if timeline.steps > 1 else ""
         axes.set_title(f"{name}: {format_ns(timeline.makespan_ns)}{steps}", fontsize=9)

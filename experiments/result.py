@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from muxtune.profiler.provenance import Birth
@@ -107,10 +108,25 @@ class StudyResult:
 
 @noun
 class Pair:
-    """Both timelines of one plan, for the pictures and the trace."""
+    """Both timelines of one plan, for the pictures and the trace.
+
+    `predicted` is at the speed that the machine had while operators were profiled; `scale` brings it to the speed of the
+    measured rounds (reference GEMM then / reference GEMM while profiling).
+    """
 
     workload: str
     layout: str
     policy: str
     predicted: Timeline
     measured: Timeline
+    scale: float = 1.0
+
+    @property
+    def predicted_at_speed(self) -> Timeline:
+        """The prediction at the machine's speed of the measured rounds."""
+        spans = tuple(
+            replace(s, start_ns=round(s.start_ns * self.scale), end_ns=round(s.end_ns * self.scale))
+            for s in self.predicted.spans
+        )
+        memory = tuple(replace(m, time_ns=round(m.time_ns * self.scale)) for m in self.predicted.memory)
+        return replace(self.predicted, spans=spans, memory=memory)

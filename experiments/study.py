@@ -165,6 +165,7 @@ class Study:
                     policy=planned.policy,
                     predicted=simulation.timeline,
                     measured=measured.timeline,
+                    scale=measured.reference_ns / self.fitted.reference_ns,
                 )
             )
         steal, ticks = (now - then for now, then in zip(stolen_ticks(), self.stolen, strict=True))

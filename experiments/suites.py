@@ -41,7 +41,9 @@ def suite_study(suite: str, rounds: int, seed: int) -> StudyConfig:
     if suite not in SUITES:
         raise UnknownKeyError("suite", suite, SUITES)
     if suite == "gpu":
-        raise NoAnswerError("suite gpu: the profiler measures CPUs only so far; profiles/README.md lists what is pending")
+        raise NoAnswerError(
+            "suite gpu: the profiler measures CPUs only so far; profiles/README.md lists what is pending"
+        )
     demo = demo_study(rounds, seed)
     return StudyConfig(
         name=f"suite-{suite}",

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -158,6 +157,18 @@ class Bench:
 
         return run
 
+    def _empty(self, case: Case) -> Callable[[], list[Part]]:
+        return self._graph(lambda x: x.view(1), self._random(1))
+
+    def _empty_lora(self, case: Case) -> Callable[[], list[Part]]:
+        """A call without groups still pays for Python, the custom function and the engine."""
+        weight = self._random(1, 1)
+
+        def call(x: Tensor) -> Tensor:
+            return grouped_lora.forward(weight.clone(), x, (), ())
+
+        return self._graph(call, self._random(1, 1))
+
     def _rope(self, case: Case) -> Callable[[], list[Part]]:
         (tokens,), (heads, head_dim) = case.size, case.shape
         queries = max(1, heads * self.model.heads // (self.model.heads + self.model.kv_heads))
@@ -240,7 +251,7 @@ class Bench:
     def _rank_run(self) -> RankRun:
         bound = bind(self.plan, seed=0)
         tasks = {t: register_task(self.stage, self.tasks[t], seed=0) for i in self.plan.instances for t in i.tasks}
-        stages = {i: self.stage for i in range(len(self.plan.instances))}
+        stages = dict.fromkeys(range(len(self.plan.instances)), self.stage)
         return RankRun(bound, 0, stages, tasks, self.worker.groups, self.device)
 
     def _instruction(self, case: Case) -> Callable[[], list[Part]]:
@@ -275,7 +286,7 @@ class Bench:
 
         def run() -> list[Part]:
             passage = self.stage.begin(tensors, None)
-            totals = {name: [0, 0] for name in ("forward", "backward")}
+            totals = {"forward": [0, 0], "backward": [0, 0]}
             for direction, count in (("forward", forward_count), ("backward", backward_count)):
                 for index in range(count):
                     call = self._node(passage, direction, index, task.task_id)
@@ -294,45 +305,3 @@ class Bench:
         if direction == "forward":
             return lambda: self.stage.forward(passage, index, {task: 1})
         return lambda: self.stage.backward(passage, index)
-
-
-def transfer_round(worker: Worker, sizes_bytes: Sequence[int]) -> list[tuple[int, int, int, int]]:
-    """(start of send, end of send, message there, end of receive) by the common clock for each size; zeros where not known.
-
-    Rank 0 sends, rank 1 has posted its receive and waits; then once more with the message already there.
-    """
-    rows: list[tuple[int, int, int, int]] = []
-    group, barrier = worker.groups["activation"], worker.groups["instance"]
-    clock = time.perf_counter_ns
-    for size_bytes in sizes_bytes:
-        message = torch.zeros(size_bytes // 4)
-        for late in (False, True):
-            if worker.hello.rank == 0:
-                dist.barrier(group=barrier)
-                time.sleep(0.0005)
-                start_ns = clock()
-                work = dist.isend(message, dst=1, group=group, tag=1)
-                end_ns = clock()
-                work.wait()
-                rows.append((start_ns, end_ns, 0, 0))
-            else:
-                work = dist.irecv(message, src=0, group=group, tag=1)
-                dist.barrier(group=barrier)
-                if late:
-                    time.sleep(0.005 + size_bytes / 1e9)
-                start_ns = clock()
-                work.wait()
-                rows.append((start_ns, 0, 0, clock()))
-            dist.barrier(group=barrier)
-    return rows
-
-
-def meeting_round(worker: Worker, count: int) -> list[int]:
-    """Durations of a 4-byte all_reduce over the instance's ranks, entered together."""
-    group, value, times = worker.groups["instance"], torch.zeros(()), []
-    for _ in range(count):
-        dist.barrier(group=group)
-        start_ns = time.perf_counter_ns()
-        dist.all_reduce(value, group=group)
-        times.append(time.perf_counter_ns() - start_ns)
-    return times

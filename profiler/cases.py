@@ -16,6 +16,10 @@ from muxtune.spec.task import Task, Workload
 
 #: A decoder layer run through the executor's own nodes; what it costs beyond its operators becomes `layer_overhead`.
 LAYER = "layer"
+#: What timing itself costs: an autograd graph of one trivial operator, and a grouped adapter call without groups. An operator
+#: inside a layer does not pay it again, so fitting takes it off; what a node pays once is part of `layer_overhead`.
+EMPTY = "empty"
+EMPTY_LORA = "empty_lora"
 
 
 @noun
@@ -139,7 +143,8 @@ def _layer_cases(model: ModelSpec, task: Task, low: int, high: int) -> Iterable[
         yield Case(
             family=LAYER, dtype=model.dtype, size=(tokens,), shape=(model.hidden, model.ffn_hidden), task=task.task_id
         )
-    yield Case(family="launch", dtype="host", size=(1,), shape=())
+    for family in ("launch", EMPTY, EMPTY_LORA):
+        yield Case(family=family, dtype="host", size=(1,), shape=())
     yield Case(family="instruction", dtype="host", size=(1,), shape=(), task=task.task_id)
 
 

@@ -110,7 +110,9 @@ class Profiling:
 
 def _transfers(pair: WorkerGroup, first: int, sizes_bytes: Sequence[int], reference_ns: int) -> list[Row]:
     """send, p2p and recv of every message size, and the meeting of two ranks (`all_reduce` of one float)."""
-    sender, receiver = pair.ask(Call(function="muxtune.profiler.bench:transfer_round", arguments=(tuple(sizes_bytes),)))
+    sender, receiver = pair.ask(
+        Call(function="muxtune.profiler.transfers:transfer_round", arguments=(tuple(sizes_bytes),))
+    )
     rows: list[Row] = []
     for i in range(len(sizes_bytes)):
         (start_ns, sent_ns, _, _), (_, _, _, there_ns) = sender[2 * i], receiver[2 * i]
@@ -119,6 +121,6 @@ def _transfers(pair: WorkerGroup, first: int, sizes_bytes: Sequence[int], refere
         moved_ns = max(1, there_ns - start_ns - send_ns - recv_ns)
         for direction, time_ns in (("send", send_ns), ("p2p", moved_ns), ("recv", recv_ns)):
             rows.append((first + i, direction, time_ns, time_ns, reference_ns))
-    meetings = pair.ask(Call(function="muxtune.profiler.bench:meeting_round", arguments=(3,)))
+    meetings = pair.ask(Call(function="muxtune.profiler.transfers:meeting_round", arguments=(3,)))
     middle_ns = sorted(max(pair_ns) for pair_ns in zip(*meetings, strict=True))[1]
     return [*rows, (first + len(sizes_bytes), "all_reduce", middle_ns, middle_ns, reference_ns)]

@@ -77,20 +77,23 @@ def planning() -> Iterator[str]:
     """Planning time of each policy on 32 tasks, as multiples of hf-peft."""
     made = workload(32)
     layout = even_layout(made.model, pp=4)
-    state = SystemState(workload=made, cluster=parse_cluster("4xA40"), layout=layout, microbatches=8)
+    state = SystemState(workload=made, cluster=parse_cluster("4xH200"), layout=layout, microbatches=8)
     base = 0.0
     for name in ("hf-peft", "sl-peft", "temporal", "greedy", "muxtune", "muxtune:charge=exact"):
         start_s = time.process_time()
         plan = make_policy(name, Roofline()).plan(state)
         seconds = time.process_time() - start_s
         base = base or seconds
-        yield f"plan 32 tasks, 4 stages, {name}: {seconds:.2f} s CPU, {seconds / base:.1f} x hf-peft ({len(plan.instances[0].htasks)} hTasks in the first instance)"
+        count = len(plan.instances[0].htasks)
+        yield f"plan 32 tasks, 4 stages, {name}: {seconds:.2f} s CPU, {seconds / base:.1f} x hf-peft ({count} hTasks)"
 
 
 def simulating() -> str:
     """SimPy engine and closed-form recurrence on one Program."""
     made = workload(16)
-    state = SystemState(workload=made, cluster=parse_cluster("4xA40"), layout=even_layout(made.model, pp=4), microbatches=8)
+    state = SystemState(
+        workload=made, cluster=parse_cluster("4xH200"), layout=even_layout(made.model, pp=4), microbatches=8
+    )
     cost = Roofline()
     plan = make_policy("muxtune", cost).plan(state)
     bound = bind(plan, seed=0)
@@ -124,7 +127,10 @@ def adapters() -> str:
 def main() -> None:
     """Print every figure."""
     born = birth("cpu")
-    say(f"{born.device}, {born.cores} cores, {born.driver}, revision {born.revision}, reference GEMM {reference_ns() / 1e3:.0f} us")
+    say(
+        f"{born.device}, {born.cores} cores, {born.driver}, revision {born.revision}, "
+        f"reference GEMM {reference_ns() / 1e3:.0f} us"
+    )
     say(help_time())
     for line in planning():
         say(line)

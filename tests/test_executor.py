@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,11 @@ def _tasks() -> tuple[Task, ...]:
         Task(task_id="a", peft=LoRA(rank=4), billed_len_tokens=32, global_batch_samples=3, **common),
         Task(task_id="b", peft=LoRA(rank=2, targets=("qkv",)), billed_len_tokens=16, global_batch_samples=2, **common),
         Task(
-            task_id="c", peft=LoRA(rank=8, targets=("fc1", "fc2")), billed_len_tokens=24, global_batch_samples=1, **common
+            task_id="c",
+            peft=LoRA(rank=8, targets=("fc1", "fc2")),
+            billed_len_tokens=24,
+            global_batch_samples=1,
+            **common,
         ),
     )
 
@@ -86,7 +91,10 @@ def _losses(workers: WorkerGroup, plan: Plan, name: str, steps: int) -> dict[str
     ids=["one hTask", "two hTasks in a bucket", "two buckets"],
 )
 def test_batched_gradients_equal_solo_gradients(
-    group: tuple[WorkerGroup, Layout, ModelSpec], groups: list[list[str]], buckets: list[list[int]], alignment: Alignment
+    group: tuple[WorkerGroup, Layout, ModelSpec],
+    groups: list[list[str]],
+    buckets: list[list[int]],
+    alignment: Alignment,
 ) -> None:
     workers, layout, model = group
     batched = _gradients(workers, _plan(model, layout, groups, buckets, alignment), "batched")
@@ -97,7 +105,11 @@ def test_batched_gradients_equal_solo_gradients(
             assert found[task]
             for name, expected in solo[rank][task].items():
                 assert np.linalg.norm(expected) > 0
-                assert np.linalg.norm(found[task][name] - expected) <= 1e-5 * np.linalg.norm(expected), (rank, task, name)
+                assert np.linalg.norm(found[task][name] - expected) <= 1e-5 * np.linalg.norm(expected), (
+                    rank,
+                    task,
+                    name,
+                )
 
 
 def test_loss_curves_equal_solo_curves(group: tuple[WorkerGroup, Layout, ModelSpec]) -> None:
@@ -165,7 +177,7 @@ def test_predicted_and_measured_timelines_are_of_one_program_in_one_order(
         for timeline in (measured, predicted):
             spans = timeline.instruction_spans(listing.rank)
             assert [(s.index, s.op, s.key) for s in spans] == wanted
-            assert all(a.end_ns <= b.start_ns for a, b in zip(spans, spans[1:], strict=False))
+            assert all(a.end_ns <= b.start_ns for a, b in pairwise(spans))
 
 
 def test_steps_move_every_task_and_nothing_else(group: tuple[WorkerGroup, Layout, ModelSpec]) -> None:

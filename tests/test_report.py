@@ -5,6 +5,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from muxtune.experiments import plots
@@ -126,7 +127,8 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.links, self.ids, self.tags, self.text = [], [], [], [], ""
+        self.open: list[str] = []
+        self.links, self.ids, self.tags, self.text = [], [], [], ""
         self.feed(text)
         self.close()
         assert self.open == []
@@ -157,7 +159,8 @@ def page_of(result, pairs, folder):
 
 
 def test_page_is_whole_and_needs_nothing_else(study, tmp_path):
-    text = page_of(*study, tmp_path)
+    result, pairs = study
+    text = page_of(result, pairs, tmp_path)
     page = Page(text)
     assert all(link.startswith("#") for link in page.links)
     assert "url(http" not in text
@@ -267,7 +270,11 @@ def test_gantt_lanes_hold_every_forward_and_backward(study):
     assert top.get_xlim() == bottom.get_xlim()
     for axes, timeline in ((top, pair.predicted), (bottom, pair.measured)):
         assert [t.get_text() for t in axes.get_yticklabels()] == ["rank 0", "rank 1"]
-        drawn = sum(len(c.get_paths()) for c in axes.collections if tuple(c.get_facecolor()[0][:3]) == rgb("forward"))
+        drawn = sum(
+            len(c.get_paths())
+            for c in axes.collections
+            if np.allclose(np.asarray(c.get_facecolor())[0, :3], rgb("forward"))
+        )
         assert drawn == sum(s.op == "forward" and s.subgraph < 0 for s in timeline.spans)
 
 

@@ -31,8 +31,8 @@ def spec_nouns() -> list[type[Any]]:
             module = importlib.import_module(".".join(("muxtune.spec", *parts)))
             found += [
                 v for v in vars(module).values() if dataclasses.is_dataclass(v) and v.__module__ == module.__name__
-            ]  # type: ignore[attr-defined]
-    return found
+            ]
+    return found  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("found", spec_nouns(), ids=lambda c: c.__name__)

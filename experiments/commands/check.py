@@ -11,7 +11,6 @@ from muxtune.experiments.console import render, table
 from muxtune.spec.bind import bind
 from muxtune.spec.check import check
 from muxtune.spec.memory import rank_peaks
-from muxtune.spec.noun import digest
 from muxtune.spec.units import format_bytes
 
 
@@ -33,7 +32,7 @@ def run(plan: Path, *, seed: int = 0) -> dict[str, Any]:
         "peak_bytes": peaks,
         "memory_bytes": found.cluster.device.memory_bytes,
         "device": found.cluster.device.name,
-        "plan_digest": digest(found),
+        "plan_digest": found.decision_digest(),
     }
 
 

@@ -25,7 +25,7 @@ from muxtune.spec.errors import InputError, NoAnswerError
 from muxtune.spec.files import write_text
 from muxtune.spec.layout import Layout
 from muxtune.spec.memory import rank_peaks
-from muxtune.spec.noun import digest, plain
+from muxtune.spec.noun import plain
 from muxtune.spec.plan import Plan
 from muxtune.spec.program import Bound
 from muxtune.spec.timeline import Timeline
@@ -143,7 +143,7 @@ def _body(
         "billed_tokens_per_s": billed / sum(x.program.steps for x in bounds) * 1e9 / middle,
         "losses": {t: list(r.losses) for t, r in reports.items()},
         "skipped_steps": {t: r.skipped for t, r in reports.items()},
-        "plan_digest": digest(plan),
+        "plan_digest": plan.decision_digest(),
         "program_digests": [t.program_digest for t in timelines],
         "planned_for": plan.cluster.name,
     }

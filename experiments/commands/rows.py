@@ -15,7 +15,7 @@ from muxtune.spec.cluster import Cluster
 from muxtune.spec.errors import MuxtuneError
 from muxtune.spec.estimate import Estimate
 from muxtune.spec.layout import Layout
-from muxtune.spec.noun import digest, plain
+from muxtune.spec.noun import plain
 from muxtune.spec.plan import Plan, SolverRecord
 from muxtune.spec.task import Task, Workload
 from muxtune.spec.units import format_bytes, format_ns
@@ -42,7 +42,7 @@ def feasible_row(policy: str, plan: Plan, found: Estimate, per_task: dict[str, A
         "peak_bytes_per_rank": list(found.peak_bytes),
         "plan_seconds": plan.provenance.plan_seconds,
         "solver": _solver(plan.made_by.solver),
-        "plan_digest": digest(plan),
+        "plan_digest": plan.decision_digest(),
         "per_task": per_task,
     }
     return {"policy": policy, "feasible": True, "reason": "", **{name: figures[name] for name in FIGURES}}

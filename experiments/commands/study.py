@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from muxtune.experiments.commands.report import write_pairs
 from muxtune.experiments.console import Progress, json_text, note, render, table
 from muxtune.experiments.report import write_report
 from muxtune.experiments.result import Pair, PlanRow, Ranking, StudyResult
@@ -48,12 +49,13 @@ def run_and_write(config: StudyConfig, out: Path, as_json: bool) -> str:
 def write_study(result: StudyResult, pairs: Sequence[Pair], out: Path) -> None:
     """report.html, trace.json and result.json, each whole or not at all."""
     write_text(out / "result.json", json_text(result.as_json()))
+    write_pairs(pairs, out)
     write_report(result, pairs, out / "report.html")
     traced = [p for p in pairs if p.policy in TRACED_POLICIES and p.workload == pairs[-1].workload]
     named = [
         (f"{side} {p.layout} {p.policy}", timeline)
         for p in traced
-        for side, timeline in (("predicted", p.predicted), ("measured", p.measured))
+        for side, timeline in (("predicted", p.predicted_at_speed), ("measured", p.measured))
     ]
     write_text(out / "trace.json", json.dumps(chrome_trace(named)))
 
