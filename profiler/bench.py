@@ -19,7 +19,7 @@ from muxtune.executor.stage import StageModel
 from muxtune.executor.tasks import register_task, step_task
 from muxtune.executor.worker import Worker
 from muxtune.kernels import grouped_lora
-from muxtune.profiler.cases import LAYER, Case, layer_batch
+from muxtune.profiler.cases import LAYER, Case, layer_batch, middle_subgraphs
 from muxtune.spec.bind import bind
 from muxtune.spec.catalogue import Piece
 from muxtune.spec.layout import Layout, even_layout
@@ -31,6 +31,9 @@ from muxtune.spec.task import Task
 Part = tuple[str, int, int]
 #: The reference GEMM is timed again after this many cases.
 REFERENCE_EVERY = 4
+#: Operators are run once untimed right before they are timed, as inside a layer, where their neighbours just ran. What cold
+#: code and data cost is in these two, which run many operators themselves.
+UNWARMED = (LAYER, "instruction")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +58,18 @@ def prepare(worker: Worker, model: ModelSpec, tasks: dict[str, Task], cases: Seq
     """Build every case once; later rounds only run them. `plan` is the calibration plan of the instruction case."""
     stage = StageModel(model, even_layout(model, pp=1), 0, 0, worker.device, seed=0)
     bench = Bench(worker, model, tasks, stage, plan)
-    worker.bench = [bench.build(c) for c in cases]  # type: ignore[attr-defined]
+    worker.bench = [(bench.build(c), c.family not in UNWARMED) for c in cases]  # type: ignore[attr-defined]
 
 
 def measure_round(worker: Worker) -> list[Timed]:
     """One pass over all cases."""
     rows: list[Timed] = []
     reference = reference_ns()
-    for index, run in enumerate(worker.bench):  # type: ignore[attr-defined]
+    for index, (run, warmed) in enumerate(worker.bench):  # type: ignore[attr-defined]
         if index % REFERENCE_EVERY == 0:
             reference = reference_ns()
+        if warmed:
+            run()
         rows += [Timed(index, direction, wall_ns, cpu_ns, reference) for direction, wall_ns, cpu_ns in run()]
     return rows
 
@@ -282,7 +287,8 @@ class Bench:
         tensors = batch_tensors(layer_batch(task, case.size[0]), self.model.vocab, self.device)
         forward_count = len(self.stage.subgraphs["forward"])
         backward_count = len(self.stage.subgraphs["backward"])
-        middle = {"forward": range(2, forward_count - 1), "backward": range(1, backward_count - 3)}
+        layout = self.stage.layout
+        middle = {"forward": middle_subgraphs(layout, "forward"), "backward": middle_subgraphs(layout, "backward")}
 
         def run() -> list[Part]:
             passage = self.stage.begin(tensors, None)

@@ -7,7 +7,7 @@ from itertools import product
 from typing import Literal
 
 from muxtune.spec.align import Batch, Row
-from muxtune.spec.catalogue import StageContext, adapter_sizes, stage_ops
+from muxtune.spec.catalogue import StageContext, adapter_sizes, stage_ops, stage_subgraphs
 from muxtune.spec.layout import Layout
 from muxtune.spec.model import ModelSpec
 from muxtune.spec.noun import noun
@@ -47,6 +47,11 @@ def one_task_batch(task: Task, rows: int, length: int) -> Batch:
 def layer_batch(task: Task, tokens: int) -> Batch:
     """The batch of a layer case: rows of 64 tokens, or one shorter row."""
     return one_task_batch(task, max(1, tokens // 64), min(tokens, 64))
+
+
+def middle_subgraphs(layout: Layout, direction: Literal["forward", "backward"]) -> tuple[int, ...]:
+    """Subgraphs (on one rank) that make up whole layers but the first, which has no gradient to hand on."""
+    return tuple(s.index for s in stage_subgraphs(layout, 0, direction) if s.pieces[-1].layer >= 1)
 
 
 def octaves(low: int, high: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from muxtune.profiler.cases import EMPTY, EMPTY_LORA, LAYER, Case, layer_batch
+from muxtune.profiler.cases import EMPTY, EMPTY_LORA, LAYER, Case, layer_batch, middle_subgraphs
 from muxtune.profiler.store import Meta, Store
 from muxtune.sim.cost.base import total
 from muxtune.sim.cost.table import Curve, FittedTable, Point, Table, fit_table
@@ -71,11 +71,10 @@ def _sized(point: Point, size: tuple[int, ...], harness_ns: int = 0) -> Point:
     return Point(size=size, p50_ns=net_ns, spread=point.spread)
 
 
-#: Autograd graphs that one case of a family runs (query and key are rotated apart); families not named here run none.
+#: Autograd graphs that one case of a family runs beside the one that its node runs anyway (query and key are rotated apart).
+#: The head's node is not part of a layer: its graph stays with the cross entropy.
 GRAPHS = {
-    **dict.fromkeys(
-        ("linear", "rmsnorm", "layernorm", "attention", "swiglu", "geglu", "gelu", "relu", "cross_entropy"), 1
-    ),
+    **dict.fromkeys(("linear", "rmsnorm", "layernorm", "attention", "swiglu", "geglu", "gelu", "relu"), 1),
     "rope": 2,
 }
 
@@ -149,7 +148,6 @@ def _middle_operators(meta: Meta, case: Case, direction: Direction, tasks: list[
     context = StageContext(model=meta.model, layout=layout, stage=0, adapters=((task.task_id, task.peft),))
     assert direction != "weights"
     groups = subgraph_ops(context, layer_batch(task, case.size[0]), direction)
-    middle = groups[2:-1] if direction == "forward" else groups[1:-3]
-    operators = [op for group in middle for op in group]
+    operators = [op for index in middle_subgraphs(layout, direction) for op in groups[index]]
     layers = sum(op.family == "layer_overhead" for op in operators)
     return [op for op in operators if op.family != "layer_overhead"], layers

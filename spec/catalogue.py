@@ -123,7 +123,6 @@ def piece_ops(context: StageContext, piece: Piece, batch: Batch) -> Iterator[tup
 def _attention(context: StageContext, batch: Batch) -> Iterator[tuple[Op, bool]]:
     model, tp, dtype, e = context.model, context.layout.tp, context.model.dtype, context.model.element_bytes
     heads, kv = model.heads // tp, max(1, model.kv_heads // tp)
-    yield ops.overhead(batch.tokens, model.hidden, model.ffn_hidden, "forward", dtype), False
     yield from _base_op(context, batch, "qkv")
     if model.positions == "rope":
         yield ops.pointwise("rope", batch.tokens, (heads + kv, model.head_dim), 2, 3, "forward", dtype, e), False
@@ -134,6 +133,8 @@ def _attention(context: StageContext, batch: Batch) -> Iterator[tuple[Op, bool]]
 
 def _mlp(context: StageContext, batch: Batch) -> Iterator[tuple[Op, bool]]:
     model, dtype, e = context.model, context.model.dtype, context.model.element_bytes
+    # Charged here, not in attention: the first layer's attention may have no backward, its MLP pays like any other.
+    yield ops.overhead(batch.tokens, model.hidden, model.ffn_hidden, "forward", dtype), False
     yield from _base_op(context, batch, "fc1")
     ffn = model.ffn_hidden // context.layout.tp
     yield ops.pointwise(model.activation, batch.tokens, (ffn,), 3 if model.gated else 2, 5, "forward", dtype, e), False
