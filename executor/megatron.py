@@ -57,12 +57,12 @@ class RaggedAttention(MegatronModule):  # type: ignore[misc]
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **unused: Any) -> Tensor:
         grouped = query.size(-2) != key.size(-2)
-        outs, end = [], 0
-        for rows, length in attention_mask:
-            start, end = end, end + rows * length
-            q, k, v = (
-                x[start:end].view(rows, length, x.size(-2), x.size(-1)).transpose(1, 2) for x in (query, key, value)
-            )
+        # split, not slices: the gradient of a slice is a zero tensor of full size, that of a split is one cat.
+        sizes = [rows * length for rows, length in attention_mask]
+        pieces = zip(*(x.split(sizes) if len(sizes) > 1 else (x,) for x in (query, key, value)), strict=True)
+        outs = []
+        for (rows, length), parts in zip(attention_mask, pieces, strict=True):
+            q, k, v = (x.view(rows, length, x.size(-2), x.size(-1)).transpose(1, 2) for x in parts)
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
             outs.append(out.transpose(1, 2).reshape(rows * length, 1, -1))
         return outs[0] if len(outs) == 1 else torch.cat(outs)

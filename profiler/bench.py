@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +17,8 @@ from muxtune.executor.stage import StageModel
 from muxtune.executor.tasks import register_task, step_task
 from muxtune.executor.worker import Worker
 from muxtune.kernels import grouped_lora
-from muxtune.profiler.cases import LAYER, Case, layer_batch, middle_subgraphs
+from muxtune.profiler.cases import PASSAGE, Case, passage_batch
+from muxtune.profiler.passages import Part, build_passage, timed
 from muxtune.spec.bind import bind
 from muxtune.spec.catalogue import Piece
 from muxtune.spec.layout import Layout, even_layout
@@ -27,13 +26,11 @@ from muxtune.spec.model import ModelSpec
 from muxtune.spec.plan import Plan
 from muxtune.spec.task import Task
 
-#: A case's timed parts: (direction, nanoseconds, thread CPU nanoseconds).
-Part = tuple[str, int, int]
 #: The reference GEMM is timed again after this many cases.
 REFERENCE_EVERY = 4
 #: Operators are run once untimed right before they are timed, as inside a layer, where their neighbours just ran. What cold
-#: code and data cost is in these two, which run many operators themselves.
-UNWARMED = (LAYER, "instruction")
+#: code and data cost is in the cases that run many operators themselves, and an optimizer's states are cold in a real step.
+UNWARMED = (PASSAGE, "instruction", "adamw")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +42,6 @@ class Timed:
     wall_ns: int
     cpu_ns: int
     reference_ns: int
-
-
-def timed(direction: str, call: Callable[[], Any]) -> tuple[Part, Any]:
-    """Run once and time it by wall clock and thread CPU time."""
-    cpu_ns, wall_ns = time.thread_time_ns(), time.perf_counter_ns()
-    result = call()
-    return (direction, time.perf_counter_ns() - wall_ns, time.thread_time_ns() - cpu_ns), result
 
 
 def prepare(worker: Worker, model: ModelSpec, tasks: dict[str, Task], cases: Sequence[Case], plan: Plan) -> None:
@@ -119,10 +109,8 @@ class Bench:
 
     def _embedding(self, case: Case) -> Callable[[], list[Part]]:
         tensors = batch_tensors(
-            layer_batch(next(iter(self.tasks.values())), case.size[0]), self.model.vocab, self.device
+            passage_batch(next(iter(self.tasks.values())), case.size[0]), self.model.vocab, self.device
         )
-        ids = torch.zeros(case.size[0], dtype=torch.long, device=self.device)
-        tensors = replace(tensors, ids=ids, positions=ids)
 
         def run() -> list[Part]:
             passage = self.stage.begin(tensors, None)
@@ -237,6 +225,9 @@ class Bench:
 
         return run
 
+    def _passage(self, case: Case) -> Callable[[], list[Part]]:
+        return build_passage(self.model, self.tasks[case.task], case, self.device)
+
     def _launch(self, case: Case) -> Callable[[], list[Part]]:
         run = self._rank_run()
         run.marks = []
@@ -278,36 +269,3 @@ class Bench:
             return parts
 
         return once
-
-    def _layer(self, case: Case) -> Callable[[], list[Part]]:
-        """Middle layers of a stage through the executor's own nodes (subgraphs), forward and backward."""
-        assert case.family == LAYER
-        task = self.tasks[case.task]
-        register_task(self.stage, task, seed=0)
-        tensors = batch_tensors(layer_batch(task, case.size[0]), self.model.vocab, self.device)
-        forward_count = len(self.stage.subgraphs["forward"])
-        backward_count = len(self.stage.subgraphs["backward"])
-        layout = self.stage.layout
-        middle = {"forward": middle_subgraphs(layout, "forward"), "backward": middle_subgraphs(layout, "backward")}
-
-        def run() -> list[Part]:
-            passage = self.stage.begin(tensors, None)
-            totals = {"forward": [0, 0], "backward": [0, 0]}
-            for direction, count in (("forward", forward_count), ("backward", backward_count)):
-                for index in range(count):
-                    call = self._node(passage, direction, index, task.task_id)
-                    (_, wall_ns, cpu_ns), _ = timed(direction, call)
-                    if index in middle[direction]:
-                        totals[direction][0] += wall_ns
-                        totals[direction][1] += cpu_ns
-            for bank in self.stage.banks.values():
-                for parameter in bank.adapters[task.task_id].parameters() if task.task_id in bank.adapters else ():
-                    parameter.grad = None
-            return [(d, wall_ns, cpu_ns) for d, (wall_ns, cpu_ns) in totals.items()]
-
-        return run
-
-    def _node(self, passage: Any, direction: str, index: int, task: str) -> Callable[[], None]:
-        if direction == "forward":
-            return lambda: self.stage.forward(passage, index, {task: 1})
-        return lambda: self.stage.backward(passage, index)

@@ -7,17 +7,18 @@ from itertools import product
 from typing import Literal
 
 from muxtune.spec.align import Batch, Row
-from muxtune.spec.catalogue import StageContext, adapter_sizes, stage_ops, stage_subgraphs
-from muxtune.spec.layout import Layout
+from muxtune.spec.catalogue import StageContext, Subgraph, adapter_sizes, stage_ops
+from muxtune.spec.layout import Layout, even_layout
 from muxtune.spec.model import ModelSpec
 from muxtune.spec.noun import noun
-from muxtune.spec.ops import Op
+from muxtune.spec.ops import OVERHEADS, Op
 from muxtune.spec.task import Task, Workload
 
-#: A decoder layer run through the executor's own nodes; what it costs beyond its operators becomes `layer_overhead`.
-LAYER = "layer"
+#: A whole stage run through the executor's own nodes; `shape` says whether it is the first and the last one. What blocks
+#: and stage cost beyond their operators become `attention_overhead`, `mlp_overhead` and `stage_overhead`.
+PASSAGE = "passage"
 #: What timing itself costs: an autograd graph of one trivial operator, and a grouped adapter call without groups. An operator
-#: inside a layer does not pay it again, so fitting takes it off; what a node pays once is part of `layer_overhead`.
+#: inside a stage does not pay it again, so fitting takes it off; what a node pays once is part of an overhead.
 EMPTY = "empty"
 EMPTY_LORA = "empty_lora"
 
@@ -44,14 +45,28 @@ def one_task_batch(task: Task, rows: int, length: int) -> Batch:
     return Batch(htask=0, rows=tuple(made))
 
 
-def layer_batch(task: Task, tokens: int) -> Batch:
-    """The batch of a layer case: rows of 64 tokens, or one shorter row."""
+def passage_batch(task: Task, tokens: int) -> Batch:
+    """The batch of a passage: rows of 64 tokens, or one shorter row."""
     return one_task_batch(task, max(1, tokens // 64), min(tokens, 64))
 
 
-def middle_subgraphs(layout: Layout, direction: Literal["forward", "backward"]) -> tuple[int, ...]:
-    """Subgraphs (on one rank) that make up whole layers but the first, which has no gradient to hand on."""
-    return tuple(s.index for s in stage_subgraphs(layout, 0, direction) if s.pieces[-1].layer >= 1)
+def passage_stage(model: ModelSpec, kind: tuple[int, ...]) -> tuple[Layout, int]:
+    """A layout and its stage that is (first, last) as `kind` says: of one stage, of two, or the middle one of three."""
+    first, last = kind
+    pp = 1 if first and last else 2 if first or last else 3
+    return even_layout(model, pp=pp), 0 if first else 1
+
+
+def block_of(layout: Layout, stage: int, subgraph: Subgraph) -> str | None:
+    """`attention` or `mlp` where the subgraph is a block of a layer like any other; the stage's first layer is not.
+
+    On stage 0 it has no gradient to hand on. A stage of one layer has no other.
+    """
+    piece = subgraph.pieces[-1]
+    layers = layout.layers_of(stage)
+    if piece.name not in ("attention", "mlp") or (piece.layer == layers[0] and len(layers) > 1):
+        return None
+    return piece.name
 
 
 def octaves(low: int, high: int) -> tuple[int, ...]:
@@ -88,17 +103,20 @@ def needed_cases(workloads: Sequence[Workload], layouts: Sequence[Layout]) -> tu
     Each operator group once, over an octave grid of the sizes that it can meet; an attention grid is filled up.
     """
     found: dict[Case, None] = {}
+    passing = workloads[0].tasks[0]
+    low = min(token_ranges(w)[0][0] for w in workloads)
+    high = max(token_ranges(w)[0][1] for w in workloads)
     for workload in workloads:
         adapters = tuple((t.task_id, t.peft) for t in workload.tasks)
         for layout in layouts:
             for stage in range(layout.pp):
                 context = StageContext(model=workload.model, layout=layout, stage=stage, adapters=adapters)
                 for task in workload.tasks:
-                    found.update(dict.fromkeys(_task_cases(workload, context, task)))
-    task = workloads[0].tasks[0]
-    low = min(token_ranges(w)[0][0] for w in workloads)
-    high = max(token_ranges(w)[0][1] for w in workloads)
-    found.update(dict.fromkeys(_layer_cases(workloads[0].model, task, low, high)))
+                    # The task of the passages meets as many tokens as they have, all others those of their own batches.
+                    most = high if task == passing else task.global_batch_samples * token_ranges(workload)[1][1]
+                    found.update(dict.fromkeys(_task_cases(workload, context, task, most)))
+    kinds = {(1, 1)} | {(int(x.is_first(s)), int(x.is_last(s))) for x in layouts for s in range(x.pp)}
+    found.update(dict.fromkeys(_passage_cases(workloads[0].model, passing, sorted(kinds), octaves(low, high))))
     return tuple(sorted(_filled(found), key=_order))
 
 
@@ -119,7 +137,7 @@ def _order(case: Case) -> tuple[str, tuple[int, ...], tuple[int, ...], str]:
     return case.family, case.shape, case.size, case.direction
 
 
-def _task_cases(workload: Workload, context: StageContext, task: Task) -> Iterable[Case]:
+def _task_cases(workload: Workload, context: StageContext, task: Task, most_of_task: int) -> Iterable[Case]:
     (fewest, most), (shortest, longest), rows = token_ranges(workload)
     batch = one_task_batch(task, 1, task.billed_len_tokens)
     for _, forward, backward in stage_ops(context, batch):
@@ -128,9 +146,8 @@ def _task_cases(workload: Workload, context: StageContext, task: Task) -> Iterab
                 for length in octaves(shortest, longest):
                     yield from (_case(op, (r, length)) for r in octaves(1, rows))
             elif op.family == "lora":
-                most_of_task = task.global_batch_samples * longest
                 yield from (_case(op, (n,)) for n in octaves(_shortest(workload, task), most_of_task))
-            elif op.family != "layer_overhead":
+            elif op.family not in OVERHEADS:
                 yield from (_case(op, (n,)) for n in octaves(fewest, most))
     parameters, tensors = adapter_sizes(context, task.task_id)
     layers = tuple(context.layout.layers_of(context.stage))
@@ -143,11 +160,11 @@ def _case(op: Op, size: tuple[int, ...]) -> Case:
     return Case(family=op.family, dtype=op.dtype, size=size, shape=op.shape, direction=direction)
 
 
-def _layer_cases(model: ModelSpec, task: Task, low: int, high: int) -> Iterable[Case]:
-    for tokens in octaves(low, high):
-        yield Case(
-            family=LAYER, dtype=model.dtype, size=(tokens,), shape=(model.hidden, model.ffn_hidden), task=task.task_id
-        )
+def _passage_cases(
+    model: ModelSpec, task: Task, kinds: Iterable[tuple[int, int]], sizes: Sequence[int]
+) -> Iterable[Case]:
+    for kind, tokens in product(kinds, sizes):
+        yield Case(family=PASSAGE, dtype=model.dtype, size=(tokens,), shape=kind, task=task.task_id)
     for family in ("launch", EMPTY, EMPTY_LORA):
         yield Case(family=family, dtype="host", size=(1,), shape=())
     yield Case(family="instruction", dtype="host", size=(1,), shape=(), task=task.task_id)

@@ -1,32 +1,34 @@
 """fit: measured rows → a FittedTable. A time is the median over rounds of wall / reference, times the median reference.
 
-layer_overhead(tokens) = (time of a layer through the executor's nodes − Σ its operators) / layers, per direction.
+An overhead is what the executor's nodes took beyond Σ their operators, at each number of tokens and per direction: of the
+attention and of the MLP blocks of a stage (a block each), then of the stage (once).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 
-from muxtune.profiler.cases import EMPTY, EMPTY_LORA, LAYER, Case, layer_batch, middle_subgraphs
+from muxtune.profiler.cases import EMPTY, EMPTY_LORA, PASSAGE, Case, block_of, passage_batch, passage_stage
 from muxtune.profiler.store import Meta, Store
 from muxtune.sim.cost.base import total
 from muxtune.sim.cost.table import Curve, FittedTable, Point, Table, fit_table
-from muxtune.spec.catalogue import StageContext, subgraph_ops
-from muxtune.spec.cluster import DeviceSpec, device_presets
-from muxtune.spec.layout import even_layout
-from muxtune.spec.ops import Direction, Op
+from muxtune.spec.catalogue import StageContext, stage_subgraphs, subgraph_ops
+from muxtune.spec.cluster import device_presets
+from muxtune.spec.ops import Direction
 from muxtune.spec.plan import Provenance
 from muxtune.spec.task import Task
 
 #: Direction of the families that are stored beside the cases (messages).
 MESSAGE_FAMILIES = ("send", "p2p", "recv")
+DIRECTIONS: tuple[Literal["forward"], Literal["backward"]] = ("forward", "backward")
 
 
 def fit(folder: Path, tasks: Iterable[Task]) -> FittedTable:
-    """Fit every curve of a profile folder; `tasks` are the workload's (layer cases name one of them).
+    """Fit every curve of a profile folder; `tasks` are the workload's (passage cases name one of them).
 
     Raises:
         InputError: the folder holds no finished round.
@@ -40,10 +42,11 @@ def fit(folder: Path, tasks: Iterable[Task]) -> FittedTable:
     provenance = Provenance(
         environment=f"{born.device}, {born.driver}, {', '.join(born.libraries)}, revision {born.revision}"
     )
-    operators = _operator_curves(meta, medians)
-    plain = fit_table(operators, device, reference_ns, provenance)
-    overhead = _overhead_curves(meta, medians, Table(plain, device, allow_extrapolation=True), device, list(tasks))
-    return fit_table([*operators, *overhead], device, reference_ns, provenance)
+    curves = _operator_curves(meta, medians)
+    for part in ("block", "stage"):
+        table = Table(fit_table(curves, device, reference_ns, provenance), device, allow_extrapolation=True)
+        curves += _Overheads(meta, medians, table, list(tasks)).curves(part)
+    return fit_table(curves, device, reference_ns, provenance)
 
 
 Medians = dict[tuple[int, str], Point]
@@ -96,7 +99,7 @@ def _operator_curves(meta: Meta, medians: Medians) -> list[Curve]:
     points: dict[tuple[str, Direction, str, tuple[int, ...]], dict[tuple[int, ...], Point]] = {}
     harness = _harness_ns(meta, medians)
     for index, case in enumerate(meta.cases):
-        if case.family in (LAYER, EMPTY, EMPTY_LORA):
+        if case.family in (PASSAGE, EMPTY, EMPTY_LORA):
             continue
         for direction in ("forward", "backward", "weights"):
             point = medians.get((index, direction))
@@ -122,32 +125,45 @@ def _operator_curves(meta: Meta, medians: Medians) -> list[Curve]:
     ]
 
 
-def _overhead_curves(meta: Meta, medians: Medians, table: Table, device: DeviceSpec, tasks: list[Task]) -> list[Curve]:
-    """What a layer costs beyond its operators, per direction and token count."""
-    directions: tuple[Direction, Direction] = ("forward", "backward")
-    points: dict[Direction, list[Point]] = {d: [] for d in directions}
-    for index, case in enumerate(meta.cases):
-        if case.family != LAYER:
-            continue
-        for direction in directions:
-            measured = medians[index, direction]
-            operators, layers = _middle_operators(meta, case, direction, tasks)
-            rest_ns = (measured.p50_ns - total(table, device, operators).p50_ns) / layers
-            points[direction].append(Point(size=case.size, p50_ns=round(rest_ns), spread=measured.spread))
-    shape = (meta.model.hidden, meta.model.ffn_hidden)
-    return [
-        Curve(family="layer_overhead", direction=d, dtype=meta.model.dtype, shape=shape, points=tuple(points[d]))
-        for d in directions
-    ]
+class _Overheads:
+    """Measured passages less what a table says of the operators in them."""
 
+    def __init__(self, meta: Meta, medians: Medians, table: Table, tasks: Sequence[Task]) -> None:
+        self.meta, self.medians, self.table, self.tasks = meta, medians, table, {t.task_id: t for t in tasks}
+        self.passages = [(i, c) for i, c in enumerate(meta.cases) if c.family == PASSAGE]
 
-def _middle_operators(meta: Meta, case: Case, direction: Direction, tasks: list[Task]) -> tuple[list[Op], int]:
-    """Operators of the subgraphs that a layer case times (all but the stage's ends), and how many overheads they hold."""
-    task = next(t for t in tasks if t.task_id == case.task)
-    layout = even_layout(meta.model, pp=1)
-    context = StageContext(model=meta.model, layout=layout, stage=0, adapters=((task.task_id, task.peft),))
-    assert direction != "weights"
-    groups = subgraph_ops(context, layer_batch(task, case.size[0]), direction)
-    operators = [op for index in middle_subgraphs(layout, direction) for op in groups[index]]
-    layers = sum(op.family == "layer_overhead" for op in operators)
-    return [op for op in operators if op.family != "layer_overhead"], layers
+    def curves(self, part: str) -> list[Curve]:
+        """Of the blocks, from the passages through a whole model; or, blocks being in the table, of every kind of stage."""
+        found: dict[tuple[str, Direction, tuple[int, ...]], list[Point]] = {}
+        for index, case in self.passages:
+            if part == "block" and case.shape == (1, 1):
+                shape = (self.meta.model.hidden, self.meta.model.ffn_hidden)
+                for direction in DIRECTIONS:
+                    for block in ("attention", "mlp"):
+                        point = self._rest(index, case, direction, block)
+                        found.setdefault((block, direction, shape), []).append(point)
+            elif part == "stage":
+                for direction in DIRECTIONS:
+                    point = self._rest(index, case, direction, None)
+                    found.setdefault(("stage", direction, case.shape), []).append(point)
+        return [
+            Curve(
+                family=f"{name}_overhead", direction=d, dtype=self.meta.model.dtype, shape=shape, points=tuple(points)
+            )
+            for (name, d, shape), points in found.items()
+        ]
+
+    def _rest(self, index: int, case: Case, direction: Literal["forward", "backward"], block: str | None) -> Point:
+        """What is left of the nodes of a block (each), or of all nodes, when the operators in them are taken off."""
+        measured = self.medians[index, f"{direction}.{block}" if block else direction]
+        task = self.tasks[case.task]
+        layout, stage = passage_stage(self.meta.model, case.shape)
+        context = StageContext(model=self.meta.model, layout=layout, stage=stage, adapters=((task.task_id, task.peft),))
+        groups = subgraph_ops(context, passage_batch(task, case.size[0]), direction)
+        subgraphs = stage_subgraphs(layout, stage, direction)
+        inside = [s.index for s in subgraphs if block is None or block_of(layout, stage, s) == block]
+        own = f"{block or 'stage'}_overhead"
+        operators = [op for i in inside for op in groups[i] if op.family != own]
+        shares = sum(op.family == own for i in inside for op in groups[i])
+        rest_ns = (measured.p50_ns - total(self.table, self.table.device, operators).p50_ns) / shares
+        return Point(size=case.size, p50_ns=round(rest_ns), spread=measured.spread)

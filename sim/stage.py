@@ -135,7 +135,8 @@ def _block(cost: CostModel, site: Site, way: Way, launch: Launch, ops: Iterable[
 
 def _on_cpu(start: Cost, prices: Sequence[Cost]) -> tuple[int, int, int, int]:
     """(first, host, device, tail) where the host is the device: all of it is device time."""
-    device_ns = sum(price.p50_ns + price.host_ns for price in (start, *prices))
+    # A measured remainder (ops.OVERHEADS) may be negative, a launch never is.
+    device_ns = max(0, sum(price.p50_ns + price.host_ns for price in (start, *prices)))
     return 0, 0, device_ns, device_ns
 
 

@@ -114,10 +114,12 @@ def piece_ops(context: StageContext, piece: Piece, batch: Batch) -> Iterator[tup
         yield from _mlp(context, batch)
     elif piece.name == "exit":
         yield _residual(model, tokens), False
+        yield _stage_overhead(context, tokens), False
     else:
         vocab = model.vocab // context.layout.tp
         yield ops.linear(tokens, (model.hidden, vocab), False, "forward", dtype, e), False
         yield ops.pointwise("cross_entropy", tokens, (vocab,), 2, 3, "forward", dtype, e), False
+        yield _stage_overhead(context, tokens), False
 
 
 def _attention(context: StageContext, batch: Batch) -> Iterator[tuple[Op, bool]]:
@@ -129,16 +131,17 @@ def _attention(context: StageContext, batch: Batch) -> Iterator[tuple[Op, bool]]
     for rows, length in batch.runs():
         yield ops.attention(rows, length, (heads, kv, model.head_dim), "forward", dtype, e), False
     yield from _base_op(context, batch, "proj")
+    # Last in its block: the first layer's block has a backward only from its first adapter on, and pays for that.
+    yield ops.overhead("attention", batch.tokens, (model.hidden, model.ffn_hidden), "forward", dtype), False
 
 
 def _mlp(context: StageContext, batch: Batch) -> Iterator[tuple[Op, bool]]:
     model, dtype, e = context.model, context.model.dtype, context.model.element_bytes
-    # Charged here, not in attention: the first layer's attention may have no backward, its MLP pays like any other.
-    yield ops.overhead(batch.tokens, model.hidden, model.ffn_hidden, "forward", dtype), False
     yield from _base_op(context, batch, "fc1")
     ffn = model.ffn_hidden // context.layout.tp
     yield ops.pointwise(model.activation, batch.tokens, (ffn,), 3 if model.gated else 2, 5, "forward", dtype, e), False
     yield from _base_op(context, batch, "fc2")
+    yield ops.overhead("mlp", batch.tokens, (model.hidden, model.ffn_hidden), "forward", dtype), False
 
 
 def _base_op(context: StageContext, batch: Batch, target: str) -> Iterator[tuple[Op, bool]]:
@@ -159,6 +162,12 @@ def shard(model: ModelSpec, tp: int, target: str) -> tuple[int, int]:
     """(in, out) of one tp rank's shard: column-parallel qkv and fc1, row-parallel proj and fc2."""
     k, n = model.linear_shape(target)
     return (k, n // tp) if target in ("qkv", "fc1") else (k // tp, n)
+
+
+def _stage_overhead(context: StageContext, tokens: int) -> Op:
+    """Charged with the last piece: it ends every forward and begins every backward."""
+    kind = (int(context.layout.is_first(context.stage)), int(context.layout.is_last(context.stage)))
+    return ops.overhead("stage", tokens, kind, "forward", context.model.dtype)
 
 
 def _residual(model: ModelSpec, tokens: int) -> Op:
@@ -200,8 +209,10 @@ def _turn(op: Op, direction: Direction) -> Op:
         return ops.lora(op.size[0], (op.shape[0], op.shape[1]), op.shape[2], direction, dtype, e)
     if op.family == "attention":
         return ops.attention(op.size[0], op.size[1], (op.shape[0], op.shape[1], op.shape[2]), "backward", dtype, e)
-    if op.family == "layer_overhead":
-        return ops.overhead(op.size[0], op.shape[0], op.shape[1], "backward", dtype)
+    if op.family in ops.OVERHEADS:
+        return ops.overhead(
+            op.family.removesuffix("_overhead"), op.size[0], (op.shape[0], op.shape[1]), "backward", dtype
+        )
     return Op(
         family=op.family,
         direction="backward",

@@ -18,6 +18,9 @@ class Family:
     shape: tuple[str, ...]
 
 
+#: Measured remainders: what a block or a stage costs beyond its operators.
+OVERHEADS = ("attention_overhead", "mlp_overhead", "stage_overhead")
+
 FAMILIES: dict[str, Family] = {
     "embedding": Family(size=("tokens",), shape=("vocab", "hidden")),
     "rmsnorm": Family(size=("tokens",), shape=("hidden",)),
@@ -33,7 +36,9 @@ FAMILIES: dict[str, Family] = {
     "residual": Family(size=("tokens",), shape=("hidden",)),
     "cross_entropy": Family(size=("tokens",), shape=("vocab",)),
     "adamw": Family(size=("parameters",), shape=("tensors",)),
-    "layer_overhead": Family(size=("tokens",), shape=("hidden", "ffn_hidden")),
+    "attention_overhead": Family(size=("tokens",), shape=("hidden", "ffn_hidden")),
+    "mlp_overhead": Family(size=("tokens",), shape=("hidden", "ffn_hidden")),
+    "stage_overhead": Family(size=("tokens",), shape=("first", "last")),
     "launch": Family(size=("count",), shape=()),
     "instruction": Family(size=("count",), shape=()),
     "all_reduce": Family(size=("bytes",), shape=("ranks",)),
@@ -171,14 +176,14 @@ def host(family: str, direction: Direction = "forward", shape: tuple[int, ...] =
     return Op(family=family, direction=direction, dtype="host", size=(1,), shape=shape, flops=0, moved_bytes=0)
 
 
-def overhead(tokens: int, hidden: int, ffn_hidden: int, direction: Direction, dtype: str) -> Op:
-    """What a decoder layer costs beyond the sum of its operators: measured, never derived."""
+def overhead(part: str, tokens: int, shape: tuple[int, int], direction: Direction, dtype: str) -> Op:
+    """What an attention block, an MLP block or a whole stage costs beyond the sum of what is in it: measured, never derived."""
     return Op(
-        family="layer_overhead",
+        family=f"{part}_overhead",
         direction=direction,
         dtype=dtype,
         size=(tokens,),
-        shape=(hidden, ffn_hidden),
+        shape=shape,
         flops=0,
         moved_bytes=0,
     )

@@ -69,7 +69,7 @@ def test_host_issues_one_launch_a_kernel() -> None:
     [
         ops.host("launch"),
         ops.host("instruction"),
-        ops.overhead(8, 4, 4, "forward", "fp16"),
+        ops.overhead("mlp", 8, (4, 4), "forward", "fp16"),
         ops.message("send", 8),
         ops.message("recv", 8),
     ],

@@ -113,10 +113,10 @@ def test_an_unmeasured_group_is_never_guessed(allow_extrapolation: bool) -> None
 
 
 def test_remainders_may_be_negative_and_stay_so() -> None:
-    model = table(curve("layer_overhead", {16: -100, 32: 100, 64: 300}, (64, 128)))
+    model = table(curve("mlp_overhead", {16: -100, 32: 100, 64: 300}, (64, 128)))
 
     def at(tokens: int) -> int:
-        return model.latency(ops.overhead(tokens, 64, 128, "forward", "fp32"), CPU).p50_ns
+        return model.latency(ops.overhead("mlp", tokens, (64, 128), "forward", "fp32"), CPU).p50_ns
 
     assert [at(n) for n in (16, 20, 24, 28, 32, 48, 64)] == [-100, -50, 0, 50, 100, 200, 300]
 
@@ -197,7 +197,7 @@ def test_attention_leaves_out_whole_rows_and_lengths() -> None:
 
 
 def test_a_remainder_near_0_is_held_against_its_largest_measurement() -> None:
-    assert leave_one_out(curve("layer_overhead", {16: 0, 32: 0, 48: 200}, (8, 8)), CPU) == pytest.approx((0.5,))
+    assert leave_one_out(curve("mlp_overhead", {16: 0, 32: 0, 48: 200}, (8, 8)), CPU) == pytest.approx((0.5,))
 
 
 def test_family_errors_are_stored_and_used() -> None:

@@ -4,30 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from muxtune.policies.base import SystemState, make_policy, policies
-from muxtune.profiler.cases import EMPTY, EMPTY_LORA, LAYER, Case, message_sizes, needed_cases, octaves
+from muxtune.profiler.cases import (
+    EMPTY,
+    EMPTY_LORA,
+    PASSAGE,
+    Case,
+    block_of,
+    message_sizes,
+    needed_cases,
+    octaves,
+    passage_batch,
+    passage_stage,
+)
 from muxtune.profiler.fit import fit
 from muxtune.profiler.provenance import birth
 from muxtune.profiler.run import Profiling
 from muxtune.profiler.store import Meta, Store
+from muxtune.sim.cost.base import total
 from muxtune.sim.cost.roofline import Roofline
 from muxtune.sim.cost.table import Table
 from muxtune.sim.simulate import simulate
 from muxtune.spec.bind import bind
+from muxtune.spec.catalogue import StageContext, stage_subgraphs, subgraph_ops
 from muxtune.spec.cluster import device_presets, parse_cluster
 from muxtune.spec.errors import InputError
 from muxtune.spec.layout import Layout, even_layout
 from muxtune.spec.lengths import embedded_length
 from muxtune.spec.model import model_preset
+from muxtune.spec.ops import OVERHEADS
 from muxtune.spec.peft.lora import LoRA
 from muxtune.spec.task import Task, Workload
 
 CPU = device_presets()["cpu"]
 REFERENCE_NS = 350_000
+#: Families that are timed without an autograd graph of their own.
+UNHARNESSED = ("embedding", "residual", "cross_entropy", "adamw", "launch", "instruction")
 
 
 def _workload() -> Workload:
@@ -51,14 +68,15 @@ def _layouts() -> list[Layout]:
 
 
 def _true_ns(case: Case, direction: str) -> int:
-    """A made-up machine: fixed cost, plus time proportional to size; backward twice; a layer far above its operators.
+    """A made-up machine: fixed cost, plus time proportional to size; backward twice; a passage far above its operators,
+    three tenths of it in attention blocks and four in MLP blocks.
 
     Timing itself costs 500 ns forward and 1,000 backward.
     """
     if case.family in (EMPTY, EMPTY_LORA):
         return 500 if direction == "forward" else 1_000
     size = int(np.prod(case.size))
-    return (2_000 + 300 * size) * (1 if direction == "forward" else 2) * (40 if case.family == LAYER else 1)
+    return (2_000 + 300 * size) * (1 if direction == "forward" else 2) * (40 if case.family == PASSAGE else 1)
 
 
 def _meta(cases: Sequence[Case], sizes_bytes: tuple[int, ...]) -> Meta:
@@ -77,8 +95,10 @@ def _rows(cases: Sequence[Case], sizes_bytes: tuple[int, ...], drift: float) -> 
     rows = []
     for index, case in enumerate(cases):
         for direction in ("weights",) if case.direction == "weights" else ("forward", "backward"):
-            ns = round(_true_ns(case, direction) * drift)
-            rows.append((index, direction, ns, ns, reference_ns))
+            parts = {"": 1.0, ".attention": 0.3, ".mlp": 0.4} if case.family == PASSAGE else {"": 1.0}
+            for part, share in parts.items():
+                ns = round(_true_ns(case, direction) * share * drift)
+                rows.append((index, direction + part, ns, ns, reference_ns))
     for offset, size_bytes in enumerate(sizes_bytes):
         for family in ("send", "p2p", "recv"):
             ns = round((10_000 + size_bytes) * drift)
@@ -131,25 +151,38 @@ def test_fit_divides_out_the_drift(profile: tuple[Path, Workload, tuple[Case, ..
     points = {(c.family, c.direction, c.shape, p.size): p.p50_ns for c in fitted.curves for p in c.points}
     checked = 0
     for case in cases:
-        if case.family not in (LAYER, EMPTY, EMPTY_LORA) and case.direction == "forward":
+        if case.family not in (PASSAGE, EMPTY, EMPTY_LORA) and case.direction == "forward":
             found = points[case.family, "forward", case.shape, case.size]
-            harness_ns = {"rope": 1000, "embedding": 0, "residual": 0, "adamw": 0, "launch": 0, "instruction": 0}
+            harness_ns = {"rope": 1000, **dict.fromkeys(UNHARNESSED, 0)}
             net_ns = _true_ns(case, "forward") - harness_ns.get(case.family, 500)
             assert found == pytest.approx(1.2 * net_ns, rel=1e-3)
             checked += 1
     assert checked > 50
 
 
-def test_layer_overhead_is_what_the_operators_do_not_explain(profile: tuple[Path, Workload, tuple[Case, ...]]) -> None:
-    """A layer simulated with the fitted table takes the time that its nodes took."""
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_overheads_are_what_the_operators_do_not_explain(
+    profile: tuple[Path, Workload, tuple[Case, ...]], direction: Literal["forward", "backward"]
+) -> None:
+    """Any passage priced by the fitted table takes the time that its nodes took, and so do its blocks."""
     folder, workload, cases = profile
-    fitted = fit(folder, workload.tasks)
-    overhead = next(c for c in fitted.curves if c.family == "layer_overhead" and c.direction == "forward")
-    operators = {c.family for c in fitted.curves}
-    assert {"linear", "lora", "attention", "rmsnorm", "rope", "swiglu", "residual"} <= operators
-    layer = {c.size: 1.2 * _true_ns(c, "forward") for c in cases if c.family == LAYER}
-    for point in overhead.points:
-        assert 0 < point.p50_ns < layer[point.size]
+    table = Table(fit(folder, workload.tasks), CPU)
+    passages = [c for c in cases if c.family == PASSAGE]
+    assert {c.shape for c in passages} == {(1, 1), (1, 0), (0, 1)}
+    task = workload.task(passages[0].task)
+    for case in passages:
+        layout, stage = passage_stage(workload.model, case.shape)
+        context = StageContext(model=workload.model, layout=layout, stage=stage, adapters=((task.task_id, task.peft),))
+        groups = subgraph_ops(context, passage_batch(task, case.size[0]), direction)
+        nodes_ns = 1.2 * _true_ns(case, direction)
+        assert total(table, CPU, [op for g in groups for op in g]).p50_ns == pytest.approx(nodes_ns, rel=1e-3)
+        if case.shape == (1, 1):
+            blocks = {
+                block_of(layout, stage, s): total(table, CPU, groups[s.index]).p50_ns
+                for s in stage_subgraphs(layout, stage, direction)
+            }
+            assert blocks["attention"] == pytest.approx(0.3 * nodes_ns, rel=1e-3)
+            assert blocks["mlp"] == pytest.approx(0.4 * nodes_ns, rel=1e-3)
 
 
 def test_a_profile_resumes_and_refuses_a_foreign_one(profile: tuple[Path, Workload, tuple[Case, ...]]) -> None:
@@ -181,12 +214,14 @@ def test_two_real_rounds_are_stored_resumed_and_fitted(tmp_path: Path) -> None:
         "lora",
         "attention",
         "adamw",
-        "layer_overhead",
+        "attention_overhead",
+        "mlp_overhead",
+        "stage_overhead",
         "launch",
         "instruction",
         "send",
         "p2p",
         "recv",
     }
-    assert all(p.p50_ns > 0 for c in fitted.curves for p in c.points if c.family != "layer_overhead")
+    assert all(p.p50_ns > 0 for c in fitted.curves for p in c.points if c.family not in OVERHEADS)
     assert fitted.provenance.environment

@@ -141,21 +141,21 @@ def test_first_adapted_linear_needs_no_input_gradient() -> None:
     assert first[:3] == [("lora", "weights"), ("lora", "weights"), ("rope", "backward")]
     assert not any(d == "weights" for _, d in first[2:])
     second = directions(context(model, 1, pp=2, a=all_targets, b=all_targets), work)
-    assert [f for f, _ in second[:5]] == ["rmsnorm", "layer_overhead", "linear", "lora", "lora"]
+    assert [f for f, _ in second[:5]] == ["rmsnorm", "linear", "lora", "lora", "rope"]
     assert {d for _, d in second} == {"backward"}
 
 
 def test_a_late_first_adapter_frees_what_stands_above() -> None:
     work = batch(("a", 8))
     found = directions(context(model_preset("tiny-llama"), a=("fc2",)), work)
-    assert found == [("lora", "weights")]
+    assert found == [("lora", "weights"), ("mlp_overhead", "backward")]
 
 
 def test_a_neighbour_that_starts_earlier_makes_gradients_flow() -> None:
     work = batch(("a", 8), ("b", 8))
     found = directions(context(model_preset("tiny-llama"), a=("fc2",), b=("qkv",)), work)
     assert found[0] == ("lora", "weights")
-    assert found[-1] == ("lora", "backward")
+    assert found[-2:] == [("lora", "backward"), ("mlp_overhead", "backward")]
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

@@ -8,7 +8,7 @@ from functools import cache
 from muxtune.sim.cost.base import Cost, CostBase
 from muxtune.spec.cluster import LINKS, DeviceSpec, Link, device_presets, parse_cluster
 from muxtune.spec.errors import InputError
-from muxtune.spec.ops import Op
+from muxtune.spec.ops import OVERHEADS, Op
 from muxtune.spec.units import NS_PER_S
 
 #: Assumptions. Large GEMMs reach about this share of a data sheet's dense peak, streaming kernels of its bandwidth.
@@ -19,7 +19,7 @@ RELATIVE_ERROR = 0.5
 #: Kernels of one operator where it is not one: a LoRA is two GEMMs, each with up to two more in its backward.
 KERNELS = {("lora", "forward"): 2, ("lora", "weights"): 3, ("lora", "backward"): 4}
 #: Host work and measured remainders: a data sheet has no figure for them.
-UNPRICED = frozenset({"launch", "instruction", "layer_overhead", "send", "recv"})
+UNPRICED = frozenset({"launch", "instruction", *OVERHEADS, "send", "recv"})
 #: Families that need a link.
 LINKED = frozenset({"p2p", "all_reduce"})
 

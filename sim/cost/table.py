@@ -15,15 +15,15 @@ from muxtune.spec import ops
 from muxtune.spec.cluster import DeviceSpec, Link
 from muxtune.spec.errors import ExtrapolationError, InputError
 from muxtune.spec.noun import digest, noun
-from muxtune.spec.ops import FAMILIES, Direction, Op
+from muxtune.spec.ops import FAMILIES, OVERHEADS, Direction, Op
 from muxtune.spec.plan import Provenance
 from muxtune.spec.units import DTYPE_BYTES, NS_PER_S
 
 TABLE_VERSION = 1
 
 #: Families whose times are interpolated as they are. What is left after other times were subtracted may be 0 or below
-#: (p2p: what send and recv do not explain; layer_overhead: what a layer's operators do not); a constant has one point.
-REMAINDERS = frozenset({"layer_overhead", "launch", "instruction", "p2p"})
+#: (p2p: what send and recv do not explain; overheads: what operators do not); a constant has one point.
+REMAINDERS = frozenset({*OVERHEADS, "launch", "instruction", "p2p"})
 
 Group = tuple[str, str, str, tuple[int, ...]]
 
