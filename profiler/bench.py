@@ -30,7 +30,7 @@ from muxtune.spec.task import Task
 REFERENCE_EVERY = 4
 #: Operators are run once untimed right before they are timed, as inside a layer, where their neighbours just ran. What cold
 #: code and data cost is in the cases that run many operators themselves, and an optimizer's states are cold in a real step.
-UNWARMED = (PASSAGE, "instruction", "adamw")
+UNWARMED = (PASSAGE, "instruction", "adamw", "lora", "attention")
 
 
 @dataclass(frozen=True, slots=True)

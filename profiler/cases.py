@@ -134,7 +134,9 @@ def _filled(cases: Iterable[Case]) -> set[Case]:
 
 
 def _order(case: Case) -> tuple[str, tuple[int, ...], tuple[int, ...], str]:
-    return case.family, case.shape, case.size, case.direction
+    """Passages from the largest to the smallest: in an iteration too a batch finds the memory that one as large has left."""
+    size = tuple(-n for n in case.size) if case.family == PASSAGE else case.size
+    return case.family, case.shape, size, case.direction
 
 
 def _task_cases(workload: Workload, context: StageContext, task: Task, most_of_task: int) -> Iterable[Case]:

@@ -122,5 +122,6 @@ def _transfers(pair: WorkerGroup, first: int, sizes_bytes: Sequence[int], refere
         for direction, time_ns in (("send", send_ns), ("p2p", moved_ns), ("recv", recv_ns)):
             rows.append((first + i, direction, time_ns, time_ns, reference_ns))
     meetings = pair.ask(Call(function="muxtune.profiler.transfers:meeting_round", arguments=(3,)))
-    middle_ns = sorted(max(pair_ns) for pair_ns in zip(*meetings, strict=True))[1]
+    # The rank that arrives last waits for nothing but the exchange.
+    middle_ns = sorted(min(pair_ns) for pair_ns in zip(*meetings, strict=True))[1]
     return [*rows, (first + len(sizes_bytes), "all_reduce", middle_ns, middle_ns, reference_ns)]

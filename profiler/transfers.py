@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from muxtune.executor.reference import reference_ns
 from muxtune.executor.worker import Worker
 
 
@@ -43,10 +44,11 @@ def transfer_round(worker: Worker, sizes_bytes: Sequence[int]) -> list[tuple[int
 
 
 def meeting_round(worker: Worker, count: int) -> list[int]:
-    """Durations of a 4-byte all_reduce over the instance's ranks, entered together."""
+    """Durations of a 4-byte all_reduce over the instance's ranks, entered after some compute, as after an optimizer step."""
     group, value, times = worker.groups["instance"], torch.zeros(()), []
     for _ in range(count):
         dist.barrier(group=group)
+        reference_ns()  # meanwhile the communication threads fall asleep
         start_ns = time.perf_counter_ns()
         dist.all_reduce(value, group=group)
         times.append(time.perf_counter_ns() - start_ns)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from muxtune.experiments.commands.report import write_pairs
+from muxtune.experiments.commands.report import RESULT, write_pairs
 from muxtune.experiments.console import Progress, json_text, note, render, table
 from muxtune.experiments.report import write_report
 from muxtune.experiments.result import Pair, PlanRow, Ranking, StudyResult
@@ -40,10 +41,17 @@ def run_and_write(config: StudyConfig, out: Path, as_json: bool) -> str:
         raise InputError(f"rounds={config.rounds}: the noise needs at least 2 rounds; 20 resolve 10 %")
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; name a folder")
+    _clear_finished(out)
     with Progress() as progress:
         result, _ = Study(config, out, progress).run(lambda r, pairs: write_study(r, pairs, out))
     note(f"report: {out / 'report.html'}   trace: {out / 'trace.json'} (open in ui.perfetto.dev)")
     return json_text(result.as_json()) if as_json else study_tables(result)
+
+
+def _clear_finished(out: Path) -> None:
+    """A cut-off study goes on with the operator rounds that are there; after a finished one they are measured anew."""
+    if (out / RESULT).is_file() and '"complete": true' in (out / RESULT).read_text(encoding="utf-8"):
+        shutil.rmtree(out / "profile", ignore_errors=True)
 
 
 def write_study(result: StudyResult, pairs: Sequence[Pair], out: Path) -> None:

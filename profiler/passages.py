@@ -1,0 +1,78 @@
+"""Runs inside a worker: a batch through a whole stage, node by node, so that what blocks and stage cost is measured where it is.
+
+Parts are named `forward` and `backward` (all nodes), and `forward.attention`, `backward.mlp` … (the nodes of such blocks).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from muxtune.executor.data import BatchTensors, batch_tensors
+from muxtune.executor.stage import Passage, StageModel
+from muxtune.executor.tasks import register_task
+from muxtune.profiler.cases import Case, block_of, passage_batch, passage_stage
+from muxtune.spec.model import ModelSpec
+from muxtune.spec.task import Task
+
+#: A case's timed parts: (direction, nanoseconds, thread CPU nanoseconds).
+Part = tuple[str, int, int]
+
+
+def timed(direction: str, call: Callable[[], Any]) -> tuple[Part, Any]:
+    """Run once and time it by wall clock and thread CPU time."""
+    cpu_ns, wall_ns = time.thread_time_ns(), time.perf_counter_ns()
+    result = call()
+    return (direction, time.perf_counter_ns() - wall_ns, time.thread_time_ns() - cpu_ns), result
+
+
+@cache
+def _stage(model: ModelSpec, task: Task, kind: tuple[int, ...], device: torch.device) -> StageModel:
+    """One stage of each kind is enough for all sizes."""
+    layout, stage = passage_stage(model, kind)
+    holder = StageModel(model, layout, stage, 0, device, seed=0)
+    register_task(holder, task, seed=0)
+    return holder
+
+
+def build_passage(model: ModelSpec, task: Task, case: Case, device: torch.device) -> Callable[[], list[Part]]:
+    """The runner of a passage case: forward and backward of one batch of one task, gradients thrown away."""
+    stage = _stage(model, task, case.shape, device)
+    tensors = batch_tensors(passage_batch(task, case.size[0]), model.vocab, device)
+    shape, dtype = (case.size[0], 1, model.hidden), next(stage.gpt.parameters()).dtype
+    first, last = case.shape
+    received = None if first else torch.randn(shape, dtype=dtype, device=device)
+    gradient = None if last else torch.randn(shape, dtype=dtype, device=device)
+    return partial(_run, stage, task.task_id, tensors, received, gradient)
+
+
+def _run(
+    stage: StageModel, task: str, tensors: BatchTensors, received: Tensor | None, gradient: Tensor | None
+) -> list[Part]:
+    passage = stage.begin(tensors, received)
+    totals: dict[str, list[int]] = {}
+    for direction in ("forward", "backward"):
+        if direction == "backward":
+            passage.gradient = gradient
+        for subgraph in stage.subgraphs[direction]:
+            (_, wall_ns, cpu_ns), _ = timed(direction, _node(stage, passage, direction, subgraph.index, task))
+            block = block_of(stage.layout, stage.stage, subgraph)
+            for name in (direction, f"{direction}.{block}") if block else (direction,):
+                total = totals.setdefault(name, [0, 0])
+                total[0] += wall_ns
+                total[1] += cpu_ns
+    for bank in stage.banks.values():
+        for adapter in bank.adapters.values():
+            adapter.zero_grad(set_to_none=True)
+    return [(name, wall_ns, cpu_ns) for name, (wall_ns, cpu_ns) in totals.items()]
+
+
+def _node(stage: StageModel, passage: Passage, direction: str, index: int, task: str) -> Callable[[], None]:
+    if direction == "forward":
+        return partial(stage.forward, passage, index, {task: 1})
+    return partial(stage.backward, passage, index)
