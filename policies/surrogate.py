@@ -123,7 +123,7 @@ class Surrogate:
 
     def _price(self, shape: Shape, longest_case: Shape) -> MicrobatchCost:
         batch, model = longest_case.token_batch(), self.state.workload.model
-        message_bytes = batch.tokens * model.hidden * model.element_bytes
+        message_bytes = self.state.layout.shard_tokens(batch.tokens) * model.hidden * model.element_bytes
         return MicrobatchCost(
             forward_ns=self.latency.latency_ns(shape, "forward"),
             backward_ns=self.latency.latency_ns(shape, "backward"),

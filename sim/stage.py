@@ -16,7 +16,7 @@ from muxtune.spec.align import Batch
 from muxtune.spec.catalogue import StageContext, subgraph_ops
 from muxtune.spec.cluster import DeviceSpec, Link
 from muxtune.spec.noun import noun
-from muxtune.spec.ops import Op, host
+from muxtune.spec.ops import COLLECTIVES, Op, host
 from muxtune.spec.plan import Launch
 
 Way = Literal["forward", "backward"]
@@ -151,7 +151,7 @@ def _beside_host(start: Cost, prices: Sequence[Cost]) -> tuple[int, int, int, in
 
 
 def _price(cost: CostModel, site: Site, op: Op) -> Cost:
-    if op.family != "all_reduce":
+    if op.family not in COLLECTIVES:
         return cost.latency(op, site.device)
     assert site.link is not None, "a collective needs a link between tp ranks"
     return cost.link_latency(op, site.link)

@@ -6,6 +6,7 @@ A stage is a row of pieces. Cut after each collective (MuxTune §3.4.2) they bec
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Literal
 
 from muxtune.spec import ops
@@ -18,10 +19,14 @@ from muxtune.spec.peft import PeftSpec
 
 PieceName = Literal["embed", "norm1", "attention", "norm2", "mlp", "exit", "final_norm", "head"]
 
-#: Row-parallel outputs (and the sharded embedding) are summed over tp right after the piece ...
-REDUCED_AFTER_FORWARD = frozenset({"embed", "attention", "mlp"})
-#: ... and column-parallel inputs have their gradient summed right after the piece's backward.
-REDUCED_AFTER_BACKWARD = frozenset({"head", "attention", "mlp"})
+Collective = Literal["all_reduce", "reduce_scatter", "all_gather"]
+Way = Literal["forward", "backward"]
+
+#: Row-parallel outputs (and the sharded embedding) are summed over tp right after the piece, and column-parallel inputs have
+#: their gradient summed right after the piece's backward.
+SUMMED = {"forward": ("embed", "attention", "mlp"), "backward": ("head", "attention", "mlp")}
+#: With sequence parallelism sums are scattered along the tokens, and gathered again before the next block.
+GATHERED = {"forward": ("norm1", "norm2", "final_norm"), "backward": ("exit", "norm1", "norm2", "final_norm")}
 
 
 @noun
@@ -34,18 +39,23 @@ class Piece:
 
 @noun
 class Subgraph:
-    """What is launched at once: pieces of compute, or one collective over tp that follows them."""
+    """What is launched at once: pieces of compute, or one `collective` over tp that follows a piece."""
 
     index: int
-    kind: Literal["compute", "collective"]
     pieces: tuple[Piece, ...]
+    collective: Collective | None = None
+
+    @property
+    def kind(self) -> Literal["compute", "collective"]:
+        """What it occupies."""
+        return "compute" if self.collective is None else "collective"
 
     @property
     def name(self) -> str:
         """For people: `layer3.attention`, `head`, `layer3.mlp all_reduce`."""
         piece = self.pieces[-1]
         label = piece.name if piece.layer < 0 else f"layer{piece.layer}.{piece.name}"
-        return label if self.kind == "compute" else f"{label} all_reduce"
+        return label if self.collective is None else f"{label} {self.collective}"
 
 
 def stage_pieces(layout: Layout, stage: int) -> tuple[Piece, ...]:
@@ -58,24 +68,38 @@ def stage_pieces(layout: Layout, stage: int) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
-def stage_subgraphs(layout: Layout, stage: int, direction: Literal["forward", "backward"]) -> tuple[Subgraph, ...]:
-    """The subgraphs of a stage in serial order: compute up to a cut, then (tp > 1) the collective of that cut."""
+def pieces_of(layout: Layout, stage: int, way: Way) -> tuple[Piece, ...]:
+    """The pieces of a stage in the order in which a direction runs them; the embedding has no backward."""
     pieces = stage_pieces(layout, stage)
-    cuts = REDUCED_AFTER_FORWARD if direction == "forward" else REDUCED_AFTER_BACKWARD
-    if direction == "backward":
-        pieces = tuple(p for p in reversed(pieces) if p.name != "embed")
+    return pieces if way == "forward" else tuple(p for p in reversed(pieces) if p.name != "embed")
+
+
+def _cut(layout: Layout, stage: int, way: Way, piece: Piece) -> Collective | None:
+    """The collective after a piece where tp > 1; a stage is cut there for any tp, so that launches are alike."""
+    if piece.name in SUMMED[way]:
+        return "reduce_scatter" if layout.sequence_parallel else "all_reduce"
+    if not layout.sequence_parallel or piece.name not in GATHERED[way]:
+        return None
+    # The backward of a stage ends with its first norm: nothing on the stage waits for what that leaves.
+    ends = way == "backward" and piece.name == "norm1" and piece.layer == layout.layers_of(stage)[0]
+    return None if ends else "all_gather"
+
+
+def stage_subgraphs(layout: Layout, stage: int, direction: Way) -> tuple[Subgraph, ...]:
+    """The subgraphs of a stage in serial order: compute up to a cut, then (tp > 1) the collective of that cut."""
     found: list[Subgraph] = []
     open_pieces: list[Piece] = []
-    for piece in pieces:
+    for piece in pieces_of(layout, stage, direction):
         open_pieces.append(piece)
-        if piece.name not in cuts:
+        collective = _cut(layout, stage, direction, piece)
+        if collective is None:
             continue
-        found.append(Subgraph(index=len(found), kind="compute", pieces=tuple(open_pieces)))
+        found.append(Subgraph(index=len(found), pieces=tuple(open_pieces)))
         if layout.tp > 1:
-            found.append(Subgraph(index=len(found), kind="collective", pieces=(piece,)))
+            found.append(Subgraph(index=len(found), pieces=(piece,), collective=collective))
         open_pieces = []
     if open_pieces:
-        found.append(Subgraph(index=len(found), kind="compute", pieces=tuple(open_pieces)))
+        found.append(Subgraph(index=len(found), pieces=tuple(open_pieces)))
     return tuple(found)
 
 
@@ -97,6 +121,7 @@ def piece_ops(context: StageContext, piece: Piece, batch: Batch) -> Iterator[tup
     """Forward operators of a piece for a batch, each with whether it holds trainable parameters."""
     model, tokens, dtype, e = context.model, batch.tokens, context.model.dtype, context.model.element_bytes
     first_layer = context.layout.layers_of(context.stage)[0]
+    stream_tokens = context.layout.shard_tokens(tokens)
     if piece.name == "embed":
         yield (
             ops.pointwise(
@@ -106,14 +131,14 @@ def piece_ops(context: StageContext, piece: Piece, batch: Batch) -> Iterator[tup
         )
     elif piece.name in ("norm1", "norm2", "final_norm"):
         if not (piece.name == "norm1" and piece.layer == first_layer):
-            yield _residual(model, tokens), False
-        yield ops.pointwise(model.norm, tokens, (model.hidden,), 2, 4, "forward", dtype, e), False
+            yield _residual(model, stream_tokens), False
+        yield ops.pointwise(model.norm, stream_tokens, (model.hidden,), 2, 4, "forward", dtype, e), False
     elif piece.name == "attention":
         yield from _attention(context, batch)
     elif piece.name == "mlp":
         yield from _mlp(context, batch)
     elif piece.name == "exit":
-        yield _residual(model, tokens), False
+        yield _residual(model, stream_tokens), False
         yield _stage_overhead(context, tokens), False
     else:
         vocab = model.vocab // context.layout.tp
@@ -224,20 +249,29 @@ def _turn(op: Op, direction: Direction) -> Op:
     )
 
 
-def subgraph_ops(
-    context: StageContext, batch: Batch, direction: Literal["forward", "backward"]
-) -> tuple[tuple[Op, ...], ...]:
-    """Operators of each subgraph of a stage, in the order of `stage_subgraphs`; a collective is one all_reduce."""
+def subgraph_ops(context: StageContext, batch: Batch, direction: Way) -> tuple[tuple[Op, ...], ...]:
+    """Operators of each subgraph of a stage, in the order of `stage_subgraphs`; a collective is one message.
+
+    `size_bytes` of a collective counts the whole tensor, also where ranks hold a part before or after it.
+    """
     by_piece = {piece: (fwd, bwd) for piece, fwd, bwd in stage_ops(context, batch)}
     index = 0 if direction == "forward" else 1
     found: list[tuple[Op, ...]] = []
     size_bytes = batch.tokens * context.model.hidden * context.model.element_bytes
+    pieces = pieces_of(context.layout, context.stage, direction)
+    follower = dict(pairwise(pieces))
     for subgraph in stage_subgraphs(context.layout, context.stage, direction):
-        if subgraph.kind == "collective":
-            reduced = direction == "forward" or _input_gradient(*by_piece[subgraph.pieces[0]])
-            found.append((ops.message("all_reduce", size_bytes, (context.layout.tp,)),) if reduced else ())
-        else:
+        if subgraph.collective is None:
             found.append(tuple(op for piece in subgraph.pieces for op in by_piece[piece][index]))
+            continue
+        piece = subgraph.pieces[0]
+        if direction == "forward":
+            needed = True
+        elif subgraph.collective == "all_gather":
+            needed = bool(by_piece[follower[piece]][1])
+        else:
+            needed = _input_gradient(*by_piece[piece])
+        found.append((ops.message(subgraph.collective, size_bytes, (context.layout.tp,)),) if needed else ())
     return tuple(found)
 
 

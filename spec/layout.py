@@ -8,7 +8,10 @@ from muxtune.spec.noun import noun
 
 @noun
 class Layout:
-    """tp × pp × dp ranks. `layers_per_stage` has one entry a stage; rank = (dp_index · pp + stage) · tp + tp_index."""
+    """tp × pp × dp ranks. `layers_per_stage` has one entry a stage; rank = (dp_index · pp + stage) · tp + tp_index.
+
+    With `sequence_parallel` the residual stream between blocks is cut over tp along the tokens (Korthikanti et al. 2022).
+    """
 
     tp: int = 1
     pp: int = 1
@@ -20,6 +23,10 @@ class Layout:
         for field in ("tp", "pp", "dp"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)}: must be at least 1")
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError(
+                "sequence_parallel with tp=1: there is nothing to cut over; set tp above 1 or leave it out"
+            )
         if len(self.layers_per_stage) != self.pp or min(self.layers_per_stage, default=0) < 1:
             raise ValueError(
                 f"layers_per_stage={list(self.layers_per_stage)}: give each of pp={self.pp} stages at least 1 layer"
@@ -33,6 +40,24 @@ class Layout:
     def stage_of(self, rank: int) -> int:
         """Pipeline stage of an instance-local rank."""
         return rank // self.tp % self.pp
+
+    def replica_of(self, rank: int) -> int:
+        """Data-parallel index of an instance-local rank."""
+        return rank // (self.tp * self.pp)
+
+    def stage_peers(self, rank: int) -> tuple[int, ...]:
+        """The tensor-parallel group of a rank: same stage, same replica."""
+        first = rank - rank % self.tp
+        return tuple(range(first, first + self.tp))
+
+    def replica_peers(self, rank: int) -> tuple[int, ...]:
+        """The data-parallel group of a rank: same stage, same shard."""
+        width = self.tp * self.pp
+        return tuple(rank % width + replica * width for replica in range(self.dp))
+
+    def shard_tokens(self, tokens: int) -> int:
+        """Tokens of the residual stream on one rank: all, or with sequence parallelism a tp-th, rounded up."""
+        return -(-tokens // self.tp) if self.sequence_parallel else tokens
 
     def rank_at(self, rank: int, stage: int) -> int:
         """The rank at another stage with the same tp and dp index."""
@@ -52,10 +77,10 @@ class Layout:
         return stage == self.pp - 1
 
 
-def even_layout(model: ModelSpec, *, tp: int = 1, pp: int = 1, dp: int = 1) -> Layout:
+def even_layout(model: ModelSpec, *, tp: int = 1, pp: int = 1, dp: int = 1, sequence_parallel: bool = False) -> Layout:
     """Layers spread evenly over the stages; a remainder goes to the middle stages, away from embedding and head."""
     require_layers(model, pp)
     base, extra = divmod(model.layers, pp)
     first_extra = (pp - extra) // 2
     layers = tuple(base + (first_extra <= s < first_extra + extra) for s in range(pp))
-    return Layout(tp=tp, pp=pp, dp=dp, layers_per_stage=layers)
+    return Layout(tp=tp, pp=pp, dp=dp, sequence_parallel=sequence_parallel, layers_per_stage=layers)

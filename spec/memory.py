@@ -59,7 +59,7 @@ def held_bytes(context: StageContext, batch: Batch) -> int:
         elif piece.name == "mlp":
             held += _mlp_held(context, batch)
         elif piece.name in ("norm1", "norm2", "final_norm"):
-            held += batch.tokens * (context.model.hidden + 1)
+            held += context.layout.shard_tokens(batch.tokens) * (context.model.hidden + 1)
         elif piece.name == "head":
             held += batch.tokens * 2 * (context.model.vocab // context.layout.tp)
     return held * context.model.element_bytes

@@ -18,6 +18,8 @@ class Family:
     shape: tuple[str, ...]
 
 
+#: Collectives over the ranks of a group; `bytes` are those of the whole tensor.
+COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")
 #: Measured remainders: what a block or a stage costs beyond its operators.
 OVERHEADS = ("attention_overhead", "mlp_overhead", "stage_overhead")
 
@@ -42,6 +44,8 @@ FAMILIES: dict[str, Family] = {
     "launch": Family(size=("count",), shape=()),
     "instruction": Family(size=("count",), shape=()),
     "all_reduce": Family(size=("bytes",), shape=("ranks",)),
+    "reduce_scatter": Family(size=("bytes",), shape=("ranks",)),
+    "all_gather": Family(size=("bytes",), shape=("ranks",)),
     "p2p": Family(size=("bytes",), shape=()),
     "send": Family(size=("bytes",), shape=()),
     "recv": Family(size=("bytes",), shape=()),

@@ -8,7 +8,7 @@ from functools import cache
 from muxtune.sim.cost.base import Cost, CostBase
 from muxtune.spec.cluster import LINKS, DeviceSpec, Link, device_presets, parse_cluster
 from muxtune.spec.errors import InputError
-from muxtune.spec.ops import OVERHEADS, Op
+from muxtune.spec.ops import COLLECTIVES, OVERHEADS, Op
 from muxtune.spec.units import NS_PER_S
 
 #: Assumptions. Large GEMMs reach about this share of a data sheet's dense peak, streaming kernels of its bandwidth.
@@ -21,7 +21,7 @@ KERNELS = {("lora", "forward"): 2, ("lora", "weights"): 3, ("lora", "backward"):
 #: Host work and measured remainders: a data sheet has no figure for them.
 UNPRICED = frozenset({"launch", "instruction", *OVERHEADS, "send", "recv"})
 #: Families that need a link.
-LINKED = frozenset({"p2p", "all_reduce"})
+LINKED = frozenset({"p2p", *COLLECTIVES})
 
 
 class Roofline(CostBase):
@@ -48,7 +48,7 @@ class Roofline(CostBase):
         )
 
     def link_latency(self, op: Op, link: Link) -> Cost:
-        """p2p: latency + bytes / bandwidth. all_reduce: a ring, 2(n−1) messages of bytes / n one after the other."""
+        """p2p: latency + bytes / bandwidth. Collectives: a ring of messages of bytes / n one after the other."""
         return Cost(p50_ns=link_ns(op, link), relative_error=RELATIVE_ERROR)
 
 
@@ -82,11 +82,13 @@ def link_ns(op: Op, link: Link) -> int:
     """
     if op.family not in LINKED:
         raise InputError(f"operator {op.family!r} does not travel over a link: only {sorted(LINKED)} do")
-    ranks = op.shape[0] if op.family == "all_reduce" else 2
     transfer_ns = op.size[0] * NS_PER_S / link.bandwidth_bytes_per_s
     if op.family == "p2p":
         return max(1, link.latency_ns + math.ceil(transfer_ns))
-    return max(1, 2 * (ranks - 1) * link.latency_ns + math.ceil(transfer_ns * 2 * (ranks - 1) / ranks))
+    ranks = op.shape[0]
+    # Round the ring: a reduce-scatter and an all-gather are n−1 messages of bytes / n, an all-reduce is both.
+    messages = (2 if op.family == "all_reduce" else 1) * (ranks - 1)
+    return max(1, messages * link.latency_ns + math.ceil(transfer_ns * messages / ranks))
 
 
 @cache
