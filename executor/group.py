@@ -18,7 +18,7 @@ from muxtune.executor.interpreter import Mark
 from muxtune.spec.catalogue import Subgraph, stage_subgraphs
 from muxtune.spec.errors import ExecutionError, InputError
 from muxtune.spec.layout import Layout
-from muxtune.spec.plan import Provenance
+from muxtune.spec.plan import Instance, Provenance
 from muxtune.spec.program import Bound, Instruction
 from muxtune.spec.timeline import Span, Timeline, span_op
 
@@ -127,9 +127,10 @@ class WorkerGroup:
         """Build a plan's backbones and adapters on every rank.
 
         Raises:
-            InputError: an instance does not use exactly the group's ranks.
+            InputError: an instance does not use exactly the group's ranks, or a feature that only the simulator has.
         """
         for instance in bound.plan.instances:
+            require_runnable(instance)
             if sorted(instance.devices) != list(range(self.ranks)):
                 raise InputError(
                     f"instance {instance.name} uses devices {list(instance.devices)}: the executor runs instances "
@@ -162,6 +163,20 @@ class WorkerGroup:
     ) -> None:
         if not self.log.closed:
             self.close()
+
+
+def require_runnable(instance: Instance) -> None:
+    """Refuse what the simulator can do and the executor cannot yet.
+
+    Raises:
+        InputError: names the instance, the feature and the way round it.
+    """
+    layout = instance.layout
+    if layout.dp > 1 or layout.sequence_parallel:
+        raise InputError(
+            f"instance {instance.name}: dp={layout.dp}, sequence_parallel={str(layout.sequence_parallel).lower()}: the "
+            "executor runs dp=1 without sequence parallelism; plan again without --dp and --sequence-parallel"
+        )
 
 
 def measured_timeline(bound: Bound, results: list[messages.RankResult], environment: str = "") -> Timeline:

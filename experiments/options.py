@@ -37,6 +37,9 @@ Pp = Annotated[
     ),
 ]
 Dp = Annotated[int, typer.Option("--dp", metavar="N", min=1, help="Data parallelism.")]
+SequenceParallel = Annotated[
+    bool, typer.Option("--sequence-parallel", help="Cut the residual stream over tp along the tokens.")
+]
 Microbatches = Annotated[
     int, typer.Option("--microbatches", metavar="N", min=1, help="Micro-batches a global batch is spread over.")
 ]

@@ -148,9 +148,14 @@ class Surrogate:
         """2·Σ_{s<S} L^s: warm-up and drain."""
         return sum(self._largest(tasks).pair_ns[:-1])
 
+    @property
+    def microbatches_per_replica(self) -> int:
+        """C over the data-parallel replicas, rounded up."""
+        return -(-self.state.microbatches // self.state.layout.dp)
+
     def steady_ns(self, tasks: tuple[str, ...]) -> int:
-        """2C·max_s L^s: the steady phase."""
-        return self.state.microbatches * max(self._largest(tasks).pair_ns)
+        """2C·max_s L^s: the steady phase (of the replica with most micro-batches)."""
+        return self.microbatches_per_replica * max(self._largest(tasks).pair_ns)
 
     def direction_ns(self, tasks: tuple[str, ...], index: int, stage: int, direction: Direction) -> int:
         """Forward or backward of micro-batch `index` on a stage, nothing beside it; 0 without samples."""
@@ -176,7 +181,7 @@ class Surrogate:
     def peak_bytes(self, tasks: tuple[str, ...], stage: int) -> int:
         """Peak of a stage under 1F1B with this hTask alone in flight and every task's adapter resident."""
         cost = self._largest(tasks)
-        units = min(self.state.microbatches, max(self.tasks[t].global_batch_samples for t in tasks))
+        units = min(self.microbatches_per_replica, max(self.tasks[t].global_batch_samples for t in tasks))
         in_flight = min(self.stages - stage, units)
         gradient = cost.message_bytes if stage + 1 < self.stages else 0
         return self.static_bytes[stage] + in_flight * cost.held_bytes[stage] + cost.working_bytes[stage] + gradient

@@ -10,7 +10,7 @@ from muxtune.policies.stage_latency import DIRECTIONS
 from muxtune.policies.surrogate import MicrobatchCost, Partition, Surrogate
 from muxtune.spec.noun import noun
 from muxtune.spec.order import Template, eager
-from muxtune.spec.plan import OrderKey
+from muxtune.spec.plan import OrderKey, StageOrder
 
 Buckets = tuple[tuple[int, ...], ...]
 
@@ -94,13 +94,26 @@ def eager_template(surrogate: Surrogate, groups: Partition, buckets: Buckets) ->
     if any(held[s, key] + transient[s, key] > free[s] for s, key in held):
         return None
     budget = [free[s] - max(transient[s, key] for key in units) for s in range(surrogate.stages)]
-    return eager(
-        tuple(units),
-        surrogate.stages,
-        lambda stage, key, direction: latency[stage, key, direction],
-        lambda stage, key: held[stage, key],
-        budget,
+    replicas = range(surrogate.state.layout.dp)
+    return side_by_side(
+        [
+            eager(
+                [key for key in units if key[1] % len(replicas) == replica],
+                surrogate.stages,
+                lambda stage, key, direction: latency[stage, key, direction],
+                lambda stage, key: held[stage, key],
+                budget,
+            )
+            for replica in replicas
+        ]
     )
+
+
+def side_by_side(replicas: Sequence[Template]) -> Template:
+    """The orders of data-parallel replicas as one listing a stage: each replica finds its own units in it in its order."""
+    stages = zip(*(t.orders for t in replicas), strict=True)
+    orders = (StageOrder(stage=s, actions=sum((o.actions for o in each), ())) for s, each in enumerate(stages))
+    return Template(orders=tuple(orders), makespan_ns=max(t.makespan_ns for t in replicas))
 
 
 def _units(surrogate: Surrogate, groups: Partition, buckets: Buckets) -> dict[OrderKey, Partition]:

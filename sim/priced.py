@@ -8,17 +8,17 @@ from typing import Literal
 from muxtune.sim.cost.base import Cost, CostModel, CostSum
 from muxtune.sim.ledger import Ledger
 from muxtune.sim.stage import Site, StageCache, StageRun, batch_shape
-from muxtune.spec.catalogue import adapter_sizes
+from muxtune.spec.catalogue import adapter_sizes, replicated_parameters
 from muxtune.spec.cluster import DeviceSpec, Link
 from muxtune.spec.errors import PlanError
 from muxtune.spec.memory import stage_context
 from muxtune.spec.noun import noun
 from muxtune.spec.ops import Op, adamw, host, message
-from muxtune.spec.plan import Launch, Plan
+from muxtune.spec.plan import Instance, Launch, Plan
 from muxtune.spec.program import Bound, Instruction, OpName, RankProgram, UnitKey
 
-#: The gradient norm that the ranks of an instance sum before a step: one fp32.
-NORM_BYTES = 4
+#: Gradients and their norm are fp32.
+GRADIENT_BYTES = NORM_BYTES = 4
 
 
 @noun
@@ -136,10 +136,10 @@ class _Pricing:
     def _clock(self, rank: int, x: Instruction) -> Priced:
         """A forward or backward: the instruction's own host work, then the stage's clock."""
         assert x.op in ("forward", "backward")
-        stage = self._stage(rank, x.key.instance)
-        site, work = self._site(x.key.instance, stage), self.works[x.key]
+        site, work = self._site(rank, x.key.instance), self.works[x.key]
+        stage = site.context.stage
         shapes = tuple(batch_shape(site.context, b) for b in work.batches)
-        key = (x.key.instance, x.key.bucket, stage, x.op, shapes)
+        key = (x.key.instance, x.key.bucket, stage, site.link, x.op, shapes)
         if key not in self.runs:
             self.runs[key] = self.cache.run(site, work.batches, x.op, self._launches(x, stage))
         run = self.runs[key]
@@ -163,22 +163,34 @@ class _Pricing:
         return Priced(op=x.op, duration_ns=self._alone_ns(message(x.op, x.size_bytes)), channel=channel)
 
     def _step(self, rank: int, x: Instruction) -> Priced:
-        """The optimizer step of a task: its adapters on this rank, and the gradient norm summed over the instance."""
+        """The optimizer step of a task: gradients summed over the ranks that hold the same parameters, then its adapters."""
         assert x.task is not None
         instance = self.plan.instances[x.key.instance]
-        site = self._site(x.key.instance, self._stage(rank, x.key.instance))
-        duration_ns = self._alone_ns(adamw(*adapter_sizes(site.context, x.task)))
-        ranks = instance.layout.tp * instance.layout.pp
-        if ranks > 1:
-            norm = message("all_reduce", NORM_BYTES, (ranks,))
-            summed = self.cost.link_latency(norm, slowest_link(self.plan, instance.devices))
-            self.ledger.add(norm.family, summed)
-            duration_ns += summed.p50_ns
+        context = self._site(rank, x.key.instance).context
+        parameters, tensors = adapter_sizes(context, x.task)
+        duration_ns = self._alone_ns(adamw(parameters, tensors))
+        layout, here = instance.layout, instance.devices.index(rank)
+        replicated = replicated_parameters(context, x.task)
+        duration_ns += self._sum_ns(instance, replicated * GRADIENT_BYTES, layout.stage_peers(here))
+        duration_ns += self._sum_ns(instance, parameters * GRADIENT_BYTES, layout.replica_peers(here))
+        # The gradient norm is over all stages and shards of one replica; replicas hold the same gradients by now.
+        width = layout.tp * layout.pp
+        replica = tuple(range(here // width * width, (here // width + 1) * width))
+        duration_ns += self._sum_ns(instance, NORM_BYTES, replica)
         meeting = self.meetings.setdefault((x.key, x.task), len(self.meetings))
         if meeting == len(self.meeting_ranks):
             self.meeting_ranks.append(0)
         self.meeting_ranks[meeting] += 1
         return Priced(op="step", duration_ns=duration_ns, meeting=meeting)
+
+    def _sum_ns(self, instance: Instance, size_bytes: int, group: Sequence[int]) -> int:
+        """An all-reduce over some ranks of an instance; nothing for one rank or no bytes."""
+        if len(group) == 1 or not size_bytes:
+            return 0
+        link = slowest_link(self.plan, [instance.devices[i] for i in group])
+        found = self.cost.link_latency(message("all_reduce", size_bytes, (len(group),)), link)
+        self.ledger.add("all_reduce", found)
+        return found.p50_ns
 
     def _message_ns(self, size_bytes: int, link: Link) -> int:
         found = self.messages.get((size_bytes, link))
@@ -193,18 +205,15 @@ class _Pricing:
         self.ledger.add(op.family, found)
         return alone_ns(found, self.device)
 
-    def _stage(self, rank: int, instance: int) -> int:
-        found = self.plan.instances[instance]
-        return found.layout.stage_of(found.devices.index(rank))
-
-    def _site(self, instance: int, stage: int) -> Site:
-        if (instance, stage) not in self.sites:
-            context = stage_context(self.plan, instance, stage)
+    def _site(self, rank: int, instance: int) -> Site:
+        if (rank, instance) not in self.sites:
             found = self.plan.instances[instance]
-            group = [d for i, d in enumerate(found.devices) if found.layout.stage_of(i) == stage]
+            here = found.devices.index(rank)
+            group = [found.devices[i] for i in found.layout.stage_peers(here)]
+            context = stage_context(self.plan, instance, found.layout.stage_of(here))
             link = slowest_link(self.plan, group) if len(group) > 1 else None
-            self.sites[instance, stage] = Site(context=context, device=self.device, link=link)
-        return self.sites[instance, stage]
+            self.sites[rank, instance] = Site(context=context, device=self.device, link=link)
+        return self.sites[rank, instance]
 
     def _launches(self, x: Instruction, stage: int) -> tuple[Launch, ...]:
         place = (x.key.instance, x.key.bucket, stage, x.op)

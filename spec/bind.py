@@ -53,13 +53,15 @@ def bind_draw(plan: Plan, draw: Draw, first_step: int = 0) -> Bound:
     return Bound(plan=plan, program=program)
 
 
-def stage_orders(instance: Instance) -> tuple[StageOrder, ...]:
-    """The explicit order of every stage, whatever way the plan states it; steps follow the last backward unless placed."""
+def stage_orders(instance: Instance, replica: int = 0) -> tuple[StageOrder, ...]:
+    """The explicit order of every stage of one replica, whatever way the plan states it; steps come last unless placed."""
     if instance.order == "explicit":
-        orders = tuple(sorted(instance.orders, key=lambda o: o.stage))
+        listed = sorted(instance.orders, key=lambda o: o.stage)
+        mine = (tuple(a for a in o.actions if a.op == "step" or instance.on_replica(a.unit, replica)) for o in listed)
+        orders = tuple(StageOrder(stage=o.stage, actions=actions) for o, actions in zip(listed, mine, strict=True))
     else:
         make = one_f_one_b if instance.order == "1f1b" else gpipe
-        orders = make(feed_of(instance), instance.layout.pp)
+        orders = make([key for key in feed_of(instance) if instance.on_replica(key[1], replica)], instance.layout.pp)
     if any(a.op == "step" for o in orders for a in o.actions):
         return orders
     steps = tuple(Action(op="step", task=task, step=instance.steps - 1) for task in instance.tasks)
@@ -108,12 +110,12 @@ def _rank_instructions(
     stage = layout.stage_of(rank)
     ends = {d: instance.devices[layout.rank_at(rank, stage + d)] for d in (-1, 1) if 0 <= stage + d < layout.pp}
     width_bytes = plan.workload.model.hidden * plan.workload.model.element_bytes
-    for action in stage_orders(instance)[stage].actions:
+    for action in stage_orders(instance, layout.replica_of(rank))[stage].actions:
         key = UnitKey(step=step + action.step, instance=index, bucket=action.bucket, unit=action.unit)
         if action.op == "step":
             yield Instruction(op="step", key=key, task=action.task)
             continue
-        size_bytes = works[key].tokens * width_bytes
+        size_bytes = layout.shard_tokens(works[key].tokens) * width_bytes
         forward = action.op == "forward"
         payload, source, target = ("activation", -1, 1) if forward else ("gradient", 1, -1)
         for side, op in ((source, "recv"), (0, action.op), (target, "send")):

@@ -183,10 +183,14 @@ def _base_op(context: StageContext, batch: Batch, target: str) -> Iterator[tuple
             yield ops.lora(end - start, features, rank, "forward", dtype, e), True
 
 
+#: BaseOps whose output features are sharded over tp; the others' input features are.
+COLUMN_PARALLEL = ("qkv", "fc1")
+
+
 def shard(model: ModelSpec, tp: int, target: str) -> tuple[int, int]:
     """(in, out) of one tp rank's shard: column-parallel qkv and fc1, row-parallel proj and fc2."""
     k, n = model.linear_shape(target)
-    return (k, n // tp) if target in ("qkv", "fc1") else (k // tp, n)
+    return (k, n // tp) if target in COLUMN_PARALLEL else (k // tp, n)
 
 
 def _stage_overhead(context: StageContext, tokens: int) -> Op:
@@ -286,3 +290,12 @@ def adapter_sizes(context: StageContext, task: str) -> tuple[int, int]:
     layers = len(context.layout.layers_of(context.stage))
     parameters = sum(peft.parameters_on(*shard(context.model, context.layout.tp, t)) for t in peft.targets)
     return layers * parameters, layers * len(peft.targets) * peft.tensors_on()
+
+
+def replicated_parameters(context: StageContext, task: str) -> int:
+    """Trainable parameters of a task that all tp ranks of a stage hold whole; 0 without tensor parallelism."""
+    if context.layout.tp == 1:
+        return 0
+    peft = context.peft(task)
+    shards = ((*shard(context.model, context.layout.tp, t), t in COLUMN_PARALLEL) for t in peft.targets)
+    return len(context.layout.layers_of(context.stage)) * sum(peft.replicated_on(*x) for x in shards)

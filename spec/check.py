@@ -10,7 +10,7 @@ from muxtune.spec.bind import bind, stage_orders
 from muxtune.spec.catalogue import stage_subgraphs
 from muxtune.spec.errors import PlanError
 from muxtune.spec.memory import rank_peaks
-from muxtune.spec.plan import Instance, Plan
+from muxtune.spec.plan import Instance, OrderKey, Plan, StageOrder
 from muxtune.spec.program import Bound, Instruction, Program
 from muxtune.spec.units import format_bytes
 
@@ -68,11 +68,6 @@ def _layout(plan: Plan, instance: Instance) -> Iterator[str]:
             yield f"{name}: device {device} is not in cluster {plan.cluster.name} of {plan.cluster.size}"
     if sum(layout.layers_per_stage) != model.layers:
         yield f"{name}: layers_per_stage sums to {sum(layout.layers_per_stage)}, model {model.name} has {model.layers} layers"
-    if layout.dp > 1 or layout.sequence_parallel:
-        yield (
-            f"{name}: dp={layout.dp}, sequence_parallel={layout.sequence_parallel}: "
-            "Programs are compiled for dp=1 without sequence parallelism"
-        )
     for field in ("heads", "kv_heads", "ffn_hidden", "vocab"):
         if getattr(model, field) % layout.tp:
             yield f"{name}: tp={layout.tp} does not divide {field}={getattr(model, field)} of {model.name}"
@@ -111,25 +106,33 @@ def _orders(instance: Instance) -> Iterator[str]:
     if instance.feed and (len(instance.feed) != len(units) or set(instance.feed) != units):
         yield f"{name}: feed must name each of the {len(units)} units exactly once"
         return
-    orders = stage_orders(instance)
-    if [o.stage for o in orders] != list(range(instance.layout.pp)):
-        yield f"{name}: orders are for stages {[o.stage for o in orders]}, expected one for each of 0..{instance.layout.pp - 1}"
+    stages = [o.stage for o in stage_orders(instance)]
+    if stages != list(range(instance.layout.pp)):
+        yield f"{name}: orders are for stages {stages}, expected one for each of 0..{instance.layout.pp - 1}"
         return
-    for order in orders:
-        seen = Counter((a.op, a.bucket, a.unit, a.step) for a in order.actions if a.op != "step")
-        wanted = {(op, b, u, s) for op in ("forward", "backward") for b, u in units for s in range(instance.steps)}
-        for op, b, u, s in sorted(wanted - set(seen)):
-            yield f"{name}: stage {order.stage} never runs the {op} of unit {u} of bucket {b} (step {s})"
-        for (op, b, u, s), count in sorted(seen.items()):
-            if count > 1 or (op, b, u, s) not in wanted:
-                yield f"{name}: stage {order.stage} runs the {op} of unit {u} of bucket {b} (step {s}) {count} times"
-        for task in sorted({a.task for a in order.actions if a.op == "step"} - set(instance.tasks)):
-            yield f"{name}: stage {order.stage} steps task {task}, which the instance does not hold"
-        yield from _order_in_time(instance, order.stage)
+    for replica in range(instance.layout.dp):
+        wanted = {key for key in units if instance.on_replica(key[1], replica)}
+        for order in stage_orders(instance, replica):
+            yield from _stage_order(instance, order, wanted)
 
 
-def _order_in_time(instance: Instance, stage: int) -> Iterator[str]:
-    name, actions = f"instance {instance.name}: stage {stage}", stage_orders(instance)[stage].actions
+def _stage_order(instance: Instance, order: StageOrder, units: set[OrderKey]) -> Iterator[str]:
+    """One stage of one replica, which computes `units`."""
+    name = f"instance {instance.name}: stage {order.stage}"
+    seen = Counter((a.op, a.bucket, a.unit, a.step) for a in order.actions if a.op != "step")
+    wanted = {(op, b, u, s) for op in ("forward", "backward") for b, u in units for s in range(instance.steps)}
+    for op, b, u, s in sorted(wanted - set(seen)):
+        yield f"{name} never runs the {op} of unit {u} of bucket {b} (step {s})"
+    for (op, b, u, s), count in sorted(seen.items()):
+        if count > 1 or (op, b, u, s) not in wanted:
+            yield f"{name} runs the {op} of unit {u} of bucket {b} (step {s}) {count} times"
+    for task in sorted({a.task for a in order.actions if a.op == "step"} - set(instance.tasks)):
+        yield f"{name} steps task {task}, which the instance does not hold"
+    yield from _order_in_time(instance, order)
+
+
+def _order_in_time(instance: Instance, order: StageOrder) -> Iterator[str]:
+    name, actions = f"instance {instance.name}: stage {order.stage}", order.actions
     place = {(a.op, a.bucket, a.unit, a.step): i for i, a in enumerate(actions) if a.op != "step"}
     for (op, b, u, s), index in place.items():
         if op == "backward" and place.get(("forward", b, u, s), -1) > index:

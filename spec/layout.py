@@ -33,6 +33,11 @@ class Layout:
             )
 
     @property
+    def name(self) -> str:
+        """For people: `tp=2 pp=4 dp=1`, and `sp` where sequences are cut over tp."""
+        return f"tp={self.tp} pp={self.pp} dp={self.dp}" + (" sp" if self.sequence_parallel else "")
+
+    @property
     def ranks(self) -> int:
         """Devices of one instance."""
         return self.tp * self.pp * self.dp

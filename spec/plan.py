@@ -103,7 +103,8 @@ class Instance:
     `feed` is the order in which units (bucket, unit) enter the pipeline; empty means bucket after bucket. `order` turns the
     feed into stage orders (`1f1b`, `gpipe`: no cost needed) or is `explicit`, with `orders` for every stage. A task steps
     after its last backward unless an explicit order places its step. `steps` counts the optimizer steps that an explicit
-    order covers.
+    order covers. With dp replicas, unit u of every bucket is computed by replica u mod dp: each replica runs its own units in
+    the order given here, and adapters' gradients are summed over the replicas before a step.
     """
 
     name: str
@@ -124,6 +125,10 @@ class Instance:
             )
         if self.steps != 1 and self.order != "explicit":
             raise ValueError(f"steps={self.steps}: only an explicit order covers several optimizer steps")
+
+    def on_replica(self, unit: int, replica: int) -> bool:
+        """Whether a data-parallel replica computes the units of this number."""
+        return unit % self.layout.dp == replica
 
     @property
     def tasks(self) -> tuple[str, ...]:

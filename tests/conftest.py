@@ -80,6 +80,8 @@ def make_state(
     *,
     tp: int = 1,
     pp: int = 1,
+    dp: int = 1,
+    sequence_parallel: bool = False,
     microbatches: int = 2,
     cluster: str = "4xcpu",
     memory_bytes: int | None = None,
@@ -93,7 +95,7 @@ def make_state(
     return SystemState(
         workload=work,
         cluster=place,
-        layout=even_layout(work.model, tp=tp, pp=pp),
+        layout=even_layout(work.model, tp=tp, pp=pp, dp=dp, sequence_parallel=sequence_parallel),
         microbatches=microbatches,
         seed=seed,
         evaluate=count_tokens_processed,
@@ -156,7 +158,7 @@ def tiny_workload() -> Callable[..., Workload]:
 
 @pytest.fixture(scope="session")
 def tiny_state() -> Callable[..., SystemState]:
-    """Factory of states: `tiny_state(workload, tp=…, pp=…, microbatches=…, cluster=…, memory_bytes=…, seed=…)`."""
+    """Factory of states: `tiny_state(workload, tp=…, pp=…, dp=…, sequence_parallel=…, microbatches=…, cluster=…, …)`."""
     return make_state
 
 

@@ -132,9 +132,27 @@ class TestDevices:
         problems = check(changed(plan, layout=layout, devices=(0, 1, 2, 3)))
         assert [p.partition("divide ")[2] for p in problems] == ["heads=6 of tiny-llama", "kv_heads=2 of tiny-llama"]
 
-    def test_dp_is_refused(self, plan: Plan) -> None:
-        layout = replace(plan.instances[0].layout, dp=2)
-        assert "compiled for dp=1" in only(check(changed(plan, layout=layout, devices=(0, 1, 2, 3))))
+    def test_a_replica_that_misses_a_unit_is_named(self, plan: Plan) -> None:
+        wide = changed(plan, layout=replace(plan.instances[0].layout, dp=2), devices=(0, 1, 2, 3))
+        assert check(wide) == ()
+        orders = tuple(
+            StageOrder(stage=s, actions=a.actions + b.actions)
+            for s, (a, b) in enumerate(
+                zip(stage_orders(wide.instances[0], 0), stage_orders(wide.instances[0], 1), strict=True)
+            )
+        )
+        steps_once = tuple(
+            replace(o, actions=tuple(a for a in o.actions if a.op != "step") + o.actions[-2:]) for o in orders
+        )
+        explicit = changed(wide, order="explicit", orders=steps_once)
+        assert check(explicit) == ()
+        short = tuple(
+            replace(o, actions=tuple(a for a in o.actions if (a.op, a.bucket, a.unit) != ("backward", 1, 1)))
+            for o in steps_once
+        )
+        assert [p for p in check(changed(wide, order="explicit", orders=short)) if "never runs" in p] == [
+            f"instance shared: stage {s} never runs the backward of unit 1 of bucket 1 (step 0)" for s in (0, 1)
+        ]
 
     def test_no_microbatches(self, plan: Plan) -> None:
         assert only(check(changed(plan, microbatches=0))).endswith("microbatches=0: must be at least 1")

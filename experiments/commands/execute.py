@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from muxtune.executor.group import WorkerGroup, measured_timeline
+from muxtune.executor.group import WorkerGroup, measured_timeline, require_runnable
 from muxtune.executor.messages import Inspect, Inspection, Rebind, Unload
 from muxtune.experiments.commands.inputs import Progress, output_file, output_folder, read_plan, silent
 from muxtune.experiments.console import json_text, render, table
@@ -77,6 +77,7 @@ def run(
 def _common_layout(plan: Plan) -> Layout:
     layout = plan.instances[0].layout
     for instance in plan.instances:
+        require_runnable(instance)
         if (instance.layout.tp, instance.layout.pp) != (layout.tp, layout.pp):
             raise InputError(
                 f"instance {instance.name}: the executor runs instances of one tp and pp, not of several: plan again"

@@ -13,8 +13,6 @@ from muxtune.sim.cost.table import FittedTable, Table
 from muxtune.spec.cluster import Cluster
 from muxtune.spec.errors import InputError, UnknownKeyError
 from muxtune.spec.files import read_noun
-from muxtune.spec.layout import Layout, even_layout
-from muxtune.spec.model import ModelSpec
 from muxtune.spec.plan import Plan, Provenance
 
 #: Told (label, done, total).
@@ -34,23 +32,6 @@ def read_plan(path: Path) -> Plan:
         InputError: no such file, or no Plan of this version.
     """
     return read_noun(Plan, path)
-
-
-def choose_layout(model: ModelSpec, cluster: Cluster, tp: int, pp: int | None, dp: int) -> Layout:
-    """The layout of one instance; without `pp` as many stages as devices are left, at most one a layer.
-
-    Raises:
-        InputError: a degree below 1, more stages than layers, or more ranks than devices.
-    """
-    if tp < 1 or dp < 1 or (pp is not None and pp < 1):
-        raise InputError(f"tp={tp}, pp={pp}, dp={dp}: each must be at least 1")
-    stages = pp if pp is not None else max(1, min(cluster.size // (tp * dp), model.layers))
-    if tp * stages * dp > cluster.size:
-        raise InputError(
-            f"tp={tp} x pp={stages} x dp={dp} needs {tp * stages * dp} devices, cluster {cluster.name} has "
-            f"{cluster.size}: lower a degree or give a larger --cluster"
-        )
-    return even_layout(model, tp=tp, pp=stages, dp=dp)
 
 
 def load_cost(reference: str, cluster: Cluster, allow_extrapolation: bool = False) -> CostModel:

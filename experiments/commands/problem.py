@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from muxtune.experiments.commands.inputs import choose_layout, load_cost
+from muxtune.experiments.commands.inputs import load_cost
 from muxtune.experiments.commands.rows import Alone, cost_body, cost_text
 from muxtune.policies.base import SystemState
 from muxtune.sim.cost.base import CostModel
@@ -14,7 +14,9 @@ from muxtune.sim.simulate import make_evaluate
 from muxtune.sim.traces.cluster import read_cluster
 from muxtune.sim.traces.workload import read_workload
 from muxtune.spec.cluster import Cluster
-from muxtune.spec.layout import Layout
+from muxtune.spec.errors import InputError
+from muxtune.spec.layout import Layout, even_layout
+from muxtune.spec.model import ModelSpec
 from muxtune.spec.noun import digest
 from muxtune.spec.task import Workload
 
@@ -26,6 +28,7 @@ class Options:
     tp: int = 1
     pp: int | None = None
     dp: int = 1
+    sequence_parallel: bool = False
     microbatches: int = 4
     cost: str = "roofline"
     allow_extrapolation: bool = False
@@ -63,12 +66,38 @@ class Problem:
         return {
             "workload": self.workload.name,
             "cluster": self.cluster.name,
-            "layout": f"tp={self.layout.tp} pp={self.layout.pp} dp={self.layout.dp}",
+            "layout": self.layout.name,
             "microbatches": self.options.microbatches,
             "seed": self.options.seed,
             "cost_model": cost_body(self.cost),
             "workload_digest": digest(self.workload),
         }
+
+
+def choose_layout(model: ModelSpec, cluster: Cluster, options: Options) -> Layout:
+    """The layout of one instance; without `pp` as many stages as devices are left, at most one a layer.
+
+    Raises:
+        InputError: a degree below 1, more stages than layers, more ranks than devices, nothing to cut a sequence over.
+    """
+    tp, pp, dp = options.tp, options.pp, options.dp
+    if tp < 1 or dp < 1 or (pp is not None and pp < 1):
+        raise InputError(f"tp={tp}, pp={pp}, dp={dp}: each must be at least 1")
+    if options.sequence_parallel and tp == 1:
+        raise InputError(
+            "--sequence-parallel with tp=1: there is nothing to cut over; give --tp 2 or more, or leave it out"
+        )
+    if options.microbatches < dp:
+        raise InputError(
+            f"--microbatches {options.microbatches} with dp={dp}: some replicas would have none; give at least {dp}"
+        )
+    stages = pp if pp is not None else max(1, min(cluster.size // (tp * dp), model.layers))
+    if tp * stages * dp > cluster.size:
+        raise InputError(
+            f"tp={tp} x pp={stages} x dp={dp} needs {tp * stages * dp} devices, cluster {cluster.name} has "
+            f"{cluster.size}: lower a degree or give a larger --cluster"
+        )
+    return even_layout(model, tp=tp, pp=stages, dp=dp, sequence_parallel=options.sequence_parallel)
 
 
 def read_problem(workload: Path, cluster: str, options: Options) -> Problem:
@@ -81,7 +110,7 @@ def read_problem(workload: Path, cluster: str, options: Options) -> Problem:
     return Problem(
         workload=tasks,
         cluster=place,
-        layout=choose_layout(tasks.model, place, options.tp, options.pp, options.dp),
+        layout=choose_layout(tasks.model, place, options),
         cost=load_cost(options.cost, place, options.allow_extrapolation),
         options=options,
     )

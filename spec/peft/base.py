@@ -31,6 +31,10 @@ class PeftSpec:
         """Trainable parameters on one BaseOp of shape (in, out)."""
         raise NotImplementedError
 
+    def replicated_on(self, in_features: int, out_features: int, column_parallel: bool) -> int:
+        """Those parameters on one tp rank's shard of a BaseOp that every tp rank holds whole and whose gradients are summed."""
+        raise NotImplementedError
+
     def tensors_on(self) -> int:
         """Trainable tensors on one BaseOp."""
         raise NotImplementedError

@@ -39,6 +39,10 @@ class LoRA(PeftSpec):
         """rank · (in + out)."""
         return self.rank * (in_features + out_features)
 
+    def replicated_on(self, in_features: int, out_features: int, column_parallel: bool) -> int:
+        """A beside a column-parallel BaseOp, B beside a row-parallel one."""
+        return self.rank * (in_features if column_parallel else out_features)
+
     def tensors_on(self) -> int:
         """A and B."""
         return 2
