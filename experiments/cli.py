@@ -233,6 +233,20 @@ def validate(
     return run(suite=suite, out=out, rounds=rounds, seed=seed, as_json=as_json)
 
 
+@app.command(epilog=example("paper interleaving-gain"))
+def paper(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="One recipe.  [default: all]")] = None,
+    as_json: opt.AsJson = False,
+) -> Answer:
+    """Compute what the paper states and what laws give (exit 1 if a figure is missed)."""
+    from muxtune.experiments.commands import paper as command
+    from muxtune.experiments.console import Progress
+
+    with Progress() as progress:
+        body = command.run(recipe, progress)
+    return Answer(body=body, show=command.show, as_json=as_json, ok=not body["missed"])
+
+
 @app.command(epilog=example("report out/demo"))
 def report(
     study: Annotated[

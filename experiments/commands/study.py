@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from muxtune.experiments import plots
 from muxtune.experiments.commands.report import RESULT, write_pairs
 from muxtune.experiments.console import Progress, json_text, note, render, table
 from muxtune.experiments.report import write_report
@@ -55,10 +56,11 @@ def _clear_finished(out: Path) -> None:
 
 
 def write_study(result: StudyResult, pairs: Sequence[Pair], out: Path) -> None:
-    """report.html, trace.json and result.json, each whole or not at all."""
+    """report.html, scatter.svg, trace.json and result.json, each whole or not at all."""
     write_text(out / "result.json", json_text(result.as_json()))
     write_pairs(pairs, out)
     write_report(result, pairs, out / "report.html")
+    write_text(out / "scatter.svg", plots.scatter(result.rows))
     traced = [p for p in pairs if p.policy in TRACED_POLICIES and p.workload == pairs[-1].workload]
     named = [
         (f"{side} {p.layout} {p.policy}", timeline)

@@ -1,0 +1,45 @@
+"""paper: what MuxTune states and what laws give, computed here and held against their expected ranges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from muxtune.experiments.commands.inputs import Progress, silent
+from muxtune.experiments.console import render, table
+from muxtune.experiments.recipes.base import make_recipe, recipes
+from muxtune.spec.noun import plain
+
+
+def run(recipe: str | None = None, progress: Progress = silent) -> dict[str, Any]:
+    """Every recipe, or one of them.
+
+    Raises:
+        UnknownKeyError: there is none of this name.
+    """
+    names = [recipe] if recipe else sorted(recipes())
+    body: dict[str, Any] = {"recipes": {}}
+    for done, name in enumerate(names):
+        progress("paper", done, len(names))
+        made = make_recipe(name)
+        checks = [{**plain(c), "met": c.met} for c in made.checks()]
+        body["recipes"][name] = {
+            "kind": made.KIND,
+            "source": made.SOURCE,
+            "assumes": list(made.ASSUMES),
+            "checks": checks,
+        }
+    progress("paper", len(names), len(names))
+    found = [c for r in body["recipes"].values() for c in r["checks"]]
+    return {**body, "checks": len(found), "missed": sum(not c["met"] for c in found)}
+
+
+def show(body: dict[str, Any]) -> str:
+    """A table a recipe, with its source and what it assumes."""
+    parts: list[Any] = []
+    for name, recipe in body["recipes"].items():
+        rows = [
+            [c["what"], c["expected"], f"{c['found']:.4g}", "yes" if c["met"] else "MISSED"] for c in recipe["checks"]
+        ]
+        parts.append(table(["check", "expected", "found", "met"], rows, title=f"{name} ({recipe['kind']})"))
+        parts += [f"  source: {recipe['source']}", *(f"  assumes: {text}" for text in recipe["assumes"]), ""]
+    return render(*parts, f"{body['checks'] - body['missed']} of {body['checks']} checks met")

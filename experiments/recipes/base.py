@@ -1,0 +1,60 @@
+"""Recipe: computes figures that the paper states or a law gives, and holds each against its expected range."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from muxtune.spec.errors import UnknownKeyError
+from muxtune.spec.noun import noun
+from muxtune.spec.registry import plugins
+
+
+@noun
+class Check:
+    """One figure. It is met if low ≤ found ≤ high; `expected` says in words what the paper or the law states."""
+
+    what: str
+    expected: str
+    low: float
+    high: float
+    found: float
+
+    @property
+    def met(self) -> bool:
+        """Whether the figure lies in its range."""
+        return self.low <= self.found <= self.high
+
+
+class Recipe:
+    """One figure, table or law. A subclass states its source and what it assumes, and computes its checks.
+
+    `KIND` (DESIGN §13): a law is exact; derived follows from shapes or published lengths; calibrated rests on a chosen
+    constant, so it proves a shape and not a truth.
+    """
+
+    SOURCE = ""
+    KIND: Literal["law", "derived", "calibrated"] = "law"
+    ASSUMES: tuple[str, ...] = ()
+
+    def checks(self) -> tuple[Check, ...]:
+        """Run it; deterministic, seconds at most."""
+        raise NotImplementedError
+
+
+def recipes() -> dict[str, type[Any]]:
+    """Every recipe by key: the files of this folder."""
+    return plugins("recipes", Path(__file__).parent, "muxtune.experiments.recipes", Recipe)
+
+
+def make_recipe(key: str) -> Recipe:
+    """One recipe.
+
+    Raises:
+        UnknownKeyError: there is none of this name.
+    """
+    found = recipes()
+    if key not in found:
+        raise UnknownKeyError("recipe", key, found)
+    made: Recipe = found[key]()
+    return made
