@@ -58,14 +58,14 @@ def paper_peak_bytes(plan: Plan) -> tuple[int, ...]:
 
 
 def _load(task: Task, instance: Instance) -> TaskLoad:
-    """A task's largest micro-batch, and how many it has, in the units of its instance."""
+    """A task's largest micro-batch, and how many it has, in the units of its instance (dealt to the replicas)."""
     units = (u for b in instance.buckets for u in b.units)
     samples = [sum(len(p.slots) for p in u.parts if p.task == task.task_id) for u in units]
     return TaskLoad(
         task=task.task_id,
         samples=max(samples, default=0),
         length_tokens=task.billed_len_tokens,
-        microbatches=sum(n > 0 for n in samples),
+        microbatches=-(-sum(n > 0 for n in samples) // instance.layout.dp),
     )
 
 

@@ -7,107 +7,31 @@ from typing import Any
 
 import pytest
 
-from muxtune.policies.base import SystemState
-from muxtune.policies.build import make_instance
+from muxtune.experiments.recipes.memory_capacity import GPT, GPU_BYTES, LLAMA, RANK, TARGETS, Figure, needed_bytes
 from muxtune.spec.catalogue import StageContext
-from muxtune.spec.cluster import parse_cluster
 from muxtune.spec.layout import even_layout
-from muxtune.spec.lengths import embedded_length
 from muxtune.spec.memory_paper import TaskLoad, paper_peak_bytes, paper_stage_bytes
 from muxtune.spec.model import model_preset
-from muxtune.spec.noun import noun
 from muxtune.spec.peft.lora import LoRA
-from muxtune.spec.plan import Plan
-from muxtune.spec.task import Task, Workload
 
-#: "48 GB GPUs": the A40 shows 46,068 MiB, so gigabytes are decimal.
-GPU_BYTES = 48 * 10**9
-LENGTHS = {"sst2": 64, "openbookqa": 128, "rte": 256}
-#: Table 2: data set and batch size of tasks 1 to 8, one micro-batch each; repeated four times in Fig. 17.
-WL_A = (
-    *(("sst2", 4), ("openbookqa", 2), ("openbookqa", 4), ("sst2", 4)),
-    *(("sst2", 8), ("sst2", 2), ("openbookqa", 4), ("openbookqa", 4)),
+LORA = LoRA(rank=RANK, targets=TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("figure", "tasks", "gb", "ratio"),
+    [(GPT, 15, 47.93, 4.467), (GPT, 32, 102.71, 5.050), (LLAMA, 11, 45.92, 3.756)],
+    ids=["gpt3-2.7b, 15", "gpt3-2.7b, 32", "llama2-7b, 11"],
 )
-WL_B = (("rte", 4), ("sst2", 2), ("rte", 4), ("sst2", 4), ("sst2", 8), ("rte", 2), ("rte", 4), ("rte", 4))
-#: The paper names neither targets nor rank. Attention only (as LoRA §4.2) is what its 4.3 GB of activations (§2.3) agree
-#: with, see below; the rank hardly counts, because Eq. 5 has no adapter term.
-LORA = LoRA(rank=16, targets=("qkv", "proj"))
+def test_figures_of_fig_17(figure: Figure, tasks: int, gb: float, ratio: float) -> None:
+    """What Eq. 5 gives: 4 to 5 % below the paper's ratios for GPT3-2.7B, 5 % above for LLaMA2-7B."""
+    alone, shared = needed_bytes(figure, tasks)
+    assert alone / 1e9 == pytest.approx(gb, abs=0.005)
+    assert alone / shared == pytest.approx(ratio, abs=0.0005)
 
 
-@noun
-class Figure:
-    """One row of Fig. 17 (§5.3) and the layout that §5.1's grid search finds (2 GPUs: inside a stage; 4: between stages).
-
-    `fit` and `ratio` are the paper's; `gb` (a GPU's need at `fit` tasks, and with one more) and `found` are what Eq. 5 gives.
-    """
-
-    model: str
-    tp: int
-    pp: int
-    tasks: tuple[tuple[str, int], ...]
-    fit: int
-    ratio: float
-    gb: tuple[float, float]
-    found: float
-
-
-GPT = Figure(model="gpt3-2.7b", tp=2, pp=1, tasks=WL_A, fit=15, ratio=4.67, gb=(47.93, 51.36), found=4.467)
-LLAMA = Figure(model="llama2-7b", tp=1, pp=4, tasks=WL_B, fit=11, ratio=3.57, gb=(45.92, 49.58), found=3.756)
-
-
-def plans(figure: Figure, count: int) -> tuple[Plan, Plan]:
-    """(one instance a task on the same GPUs, one instance for all) of the first tasks of a workload."""
-    chosen = [figure.tasks[i % 8] for i in range(count)]
-    tasks = tuple(
-        Task(
-            task_id=f"t{i}",
-            peft=LORA,
-            dataset=name,
-            billed_len_tokens=LENGTHS[name],
-            global_batch_samples=samples,
-        )
-        for i, (name, samples) in enumerate(chosen)
-    )
-    model = model_preset(figure.model)
-    tables = tuple(embedded_length(name) for name in LENGTHS)
-    workload = Workload(name="fig17", model=model, datasets=tables, tasks=tasks)
-    cluster = parse_cluster(f"{figure.tp * figure.pp}xA40")
-    layout = even_layout(model, tp=figure.tp, pp=figure.pp)
-    state = SystemState(workload=workload, cluster=cluster, layout=layout, microbatches=1)
-    ids = [t.task_id for t in tasks]
-    alone = tuple(make_instance(state, i, [[i]], [[0]]) for i in ids)
-    shared = (make_instance(state, "shared", [[i] for i in ids], [[h] for h in range(count)]),)
-    return tuple(Plan(workload=workload, cluster=cluster, instances=i) for i in (alone, shared))  # type: ignore[return-value]
-
-
-def needed(figure: Figure, count: int) -> tuple[int, int]:
-    """Bytes a GPU needs for (separate instances, a shared backbone)."""
-    alone, shared = (paper_peak_bytes(p) for p in plans(figure, count))
-    assert len(set(alone)) == len(set(shared)) == 1
-    assert len(alone) == figure.tp * figure.pp
-    return alone[0], shared[0]
-
-
-@pytest.mark.parametrize("figure", [GPT, LLAMA], ids=lambda f: f.model)
-def test_separate_instances_fill_the_gpus_where_the_paper_says(figure: Figure) -> None:
-    """Ratios are 4 % below (GPT3-2.7B) and 5 % above (LLaMA2-7B) the paper's; without M_g they were 4.78 and 3.87."""
-    alone, shared = needed(figure, figure.fit)
-    more, _ = needed(figure, figure.fit + 1)
-    assert alone <= GPU_BYTES < more
-    assert (alone / 1e9, more / 1e9) == pytest.approx(figure.gb, abs=0.005)
-    assert alone / shared == pytest.approx(figure.ratio, rel=0.06)
-    assert alone / shared == pytest.approx(figure.found, abs=0.0005)
-
-
-def test_32_tasks_without_the_limit() -> None:
-    alone, shared = needed(GPT, 32)
-    assert alone / shared == pytest.approx(5.29, rel=0.06)
-    assert alone / shared == pytest.approx(5.050, abs=0.0005)
-
-
-def test_all_32_tasks_fit_on_one_llama_backbone() -> None:
-    """§2.3: four A40 hold more than 32 tasks on one LLaMA2-7B backbone."""
-    assert needed(LLAMA, 33)[1] < GPU_BYTES
+def test_more_than_32_tasks_fit_on_one_llama_backbone() -> None:
+    """§2.3: on four A40."""
+    assert needed_bytes(LLAMA, 33)[1] < GPU_BYTES
 
 
 def test_one_llama_task_has_the_papers_activations() -> None:
