@@ -177,6 +177,11 @@ def require_runnable(instance: Instance) -> None:
             f"instance {instance.name}: dp={layout.dp}, sequence_parallel={str(layout.sequence_parallel).lower()}: the "
             "executor runs dp=1 without sequence parallelism; plan again without --dp and --sequence-parallel"
         )
+    if layout.recompute != "none":
+        raise InputError(
+            f"instance {instance.name}: recompute={layout.recompute}: the executor keeps every activation; plan again "
+            "without --recompute"
+        )
 
 
 def measured_timeline(bound: Bound, results: list[messages.RankResult], environment: str = "") -> Timeline:

@@ -16,6 +16,13 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Recompute(StrEnum):
+    """What a unit keeps of its layers between forward and backward."""
+
+    none = "none"
+    full = "full"
+
+
 WorkloadFile = Annotated[
     Path, typer.Option("--workload", metavar="FILE", help="Workload file (YAML or JSON): model and tasks.")
 ]
@@ -39,6 +46,10 @@ Pp = Annotated[
 Dp = Annotated[int, typer.Option("--dp", metavar="N", min=1, help="Data parallelism.")]
 SequenceParallel = Annotated[
     bool, typer.Option("--sequence-parallel", help="Cut the residual stream over tp along the tokens.")
+]
+Recomputation = Annotated[
+    Recompute,
+    typer.Option("--recompute", help="full keeps only each layer's input; the backward runs the forward again."),
 ]
 Microbatches = Annotated[
     int, typer.Option("--microbatches", metavar="N", min=1, help="Micro-batches a global batch is spread over.")

@@ -6,17 +6,19 @@ largest micro-batch stands for all C. Collectives count as exposed, as they are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from muxtune.policies.base import SystemState
 from muxtune.policies.build import mean_length, microbatch_samples, stage_contexts
-from muxtune.policies.stage_latency import Direction, Shape, StageLatency, stage_kind, thin_context
+from muxtune.policies.stage_latency import Direction, Shape, StageLatency
 from muxtune.sim.cost.base import CostModel
-from muxtune.spec.align import Alignment, Batch
+from muxtune.spec.align import Alignment
 from muxtune.spec.errors import ExtrapolationError, InfeasibleError
-from muxtune.spec.memory import adapter_bytes, backbone_bytes, held_bytes, working_bytes
+from muxtune.spec.footprint import amount, rounded_bytes
+from muxtune.spec.memory import stage_static_bytes
 from muxtune.spec.noun import noun
+from muxtune.spec.tensors import again_tensors, held_tensors, working_bytes
 from muxtune.spec.units import format_bytes
 
 Partition = tuple[tuple[str, ...], ...]
@@ -26,13 +28,15 @@ Partition = tuple[tuple[str, ...], ...]
 class MicrobatchCost:
     """One micro-batch of an hTask on each stage.
 
-    `held_bytes` stay from its forward to its backward (a received activation included), `working_bytes` are the
-    transient beside them, `message_bytes` is what it sends to a neighbouring stage.
+    `held_bytes` stay from its forward to its backward (a received activation included), `again_bytes` are a layer that its
+    backward has made again, `working_bytes` the transient beside them, all as the allocator rounds them; `message_bytes` is
+    what it sends to a neighbouring stage.
     """
 
     forward_ns: tuple[int, ...]
     backward_ns: tuple[int, ...]
     held_bytes: tuple[int, ...]
+    again_bytes: tuple[int, ...]
     working_bytes: tuple[int, ...]
     message_bytes: int
 
@@ -74,13 +78,12 @@ class Surrogate:
     def __init__(self, cost: CostModel, state: SystemState, alignment: Alignment) -> None:
         self.state, self.alignment = state, alignment
         self.contexts = stage_contexts(state.workload, state.layout)
-        kinds = {stage_kind(c): c for c in self.contexts}
-        self.thin = {kind: (thin_context(c, 1), thin_context(c, 2)) for kind, c in kinds.items()}
+        self.device = state.cluster.device
         self.latency = StageLatency(cost, state.cluster.device, state.workload, self.contexts)
         self.tasks = {t.task_id: t for t in state.workload.tasks}
         self.mean_tokens = {t: mean_length(state.workload, t) for t in self.tasks} if alignment == "varlen" else {}
         everyone = tuple(self.tasks)
-        self.static_bytes = tuple(backbone_bytes(c) + adapter_bytes(c, everyone) for c in self.contexts)
+        self.static_bytes = tuple(stage_static_bytes(c, everyone, self.device) for c in self.contexts)
         self.microbatches: dict[tuple[tuple[str, ...], int], MicrobatchCost] = {}
 
     @property
@@ -122,22 +125,15 @@ class Surrogate:
         return self.microbatches[key]
 
     def _price(self, shape: Shape, longest_case: Shape) -> MicrobatchCost:
-        batch, model = longest_case.token_batch(), self.state.workload.model
-        message_bytes = self.state.layout.shard_tokens(batch.tokens) * model.hidden * model.element_bytes
+        batch, model, device = longest_case.token_batch(), self.state.workload.model, self.device
         return MicrobatchCost(
             forward_ns=self.latency.latency_ns(shape, "forward"),
             backward_ns=self.latency.latency_ns(shape, "backward"),
-            held_bytes=tuple(h + (message_bytes if s else 0) for s, h in enumerate(self._held_bytes(batch))),
-            working_bytes=tuple(working_bytes(c, batch) for c in self.contexts),
-            message_bytes=message_bytes,
+            held_bytes=tuple(amount(held_tensors(c, batch), device).taken_bytes for c in self.contexts),
+            again_bytes=tuple(amount(again_tensors(c, batch), device).taken_bytes for c in self.contexts),
+            working_bytes=tuple(rounded_bytes(working_bytes(c, batch), device) for c in self.contexts),
+            message_bytes=self.state.layout.shard_tokens(batch.tokens) * model.hidden * model.element_bytes,
         )
-
-    def _held_bytes(self, batch: Batch) -> Iterator[int]:
-        """Activations on each stage; each layer after a stage's first adds the same amount."""
-        thin = {kind: tuple(held_bytes(c, batch) for c in contexts) for kind, contexts in self.thin.items()}
-        for context, layers in zip(self.contexts, self.state.layout.layers_per_stage, strict=True):
-            one, two = thin[stage_kind(context)]
-            yield one + (layers - 1) * (two - one)
 
     def _largest(self, tasks: tuple[str, ...]) -> MicrobatchCost:
         found = self.microbatch(tasks)
@@ -183,8 +179,13 @@ class Surrogate:
         cost = self._largest(tasks)
         units = min(self.microbatches_per_replica, max(self.tasks[t].global_batch_samples for t in tasks))
         in_flight = min(self.stages - stage, units)
-        gradient = cost.message_bytes if stage + 1 < self.stages else 0
-        return self.static_bytes[stage] + in_flight * cost.held_bytes[stage] + cost.working_bytes[stage] + gradient
+        return self.static_bytes[stage] + in_flight * cost.held_bytes[stage] + self.transient_bytes([cost], stage)
+
+    def transient_bytes(self, unit: Sequence[MicrobatchCost], stage: int) -> int:
+        """Bytes beside the held ones while a unit runs: the widest hTask's, layers made again, and a received gradient."""
+        gradient = sum(x.message_bytes for x in unit) if stage + 1 < self.stages else 0
+        again = sum(x.again_bytes[stage] for x in unit)
+        return max(x.working_bytes[stage] for x in unit) + again + rounded_bytes(gradient, self.device)
 
     def admits(self, tasks: tuple[str, ...]) -> bool:
         """Whether the group fits in memory alone and lies where the cost model answers."""
@@ -196,7 +197,7 @@ class Surrogate:
     @property
     def memory_bytes(self) -> int:
         """Memory of one device."""
-        return self.state.cluster.device.memory_bytes
+        return self.device.memory_bytes
 
     def require_single_tasks(self) -> None:
         """Refuse a state in which a task cannot even be an hTask of its own.

@@ -7,7 +7,7 @@ from itertools import product
 
 from muxtune.policies.launches import unit_ns
 from muxtune.policies.stage_latency import DIRECTIONS
-from muxtune.policies.surrogate import MicrobatchCost, Partition, Surrogate
+from muxtune.policies.surrogate import Partition, Surrogate
 from muxtune.spec.noun import noun
 from muxtune.spec.order import Template, eager
 from muxtune.spec.plan import OrderKey, StageOrder
@@ -87,7 +87,7 @@ def eager_template(surrogate: Surrogate, groups: Partition, buckets: Buckets) ->
         costs = [x for x in (surrogate.microbatch(tasks, key[1]) for tasks in members) if x is not None]
         for s in range(surrogate.stages):
             held[s, key] = sum(x.held_bytes[s] for x in costs)
-            transient[s, key] = _transient_bytes(costs, s, surrogate.stages)
+            transient[s, key] = surrogate.transient_bytes(costs, s)
             for direction in DIRECTIONS:
                 latency[s, key, direction] = unit_ns(surrogate, members, key[1], s, direction)
     free = [surrogate.memory_bytes - static for static in surrogate.static_bytes]
@@ -124,9 +124,3 @@ def _units(surrogate: Surrogate, groups: Partition, buckets: Buckets) -> dict[Or
             if present := tuple(groups[h] for h in bucket if surrogate.microbatch(groups[h], c) is not None):
                 units[b, c] = present
     return units
-
-
-def _transient_bytes(unit: Sequence[MicrobatchCost], stage: int, stages: int) -> int:
-    """Bytes beside the held ones while a unit runs: the widest hTask's, and a received gradient."""
-    gradient = sum(x.message_bytes for x in unit) if stage + 1 < stages else 0
-    return max(x.working_bytes[stage] for x in unit) + gradient

@@ -277,4 +277,5 @@ def batch_shape(context: StageContext, batch: Batch) -> tuple[Any, ...]:
 
 def _stage_shape(context: StageContext) -> tuple[Any, ...]:
     layout, stage = context.layout, context.stage
-    return context.model, layout.tp, len(layout.layers_of(stage)), layout.is_first(stage), layout.is_last(stage)
+    ends = (layout.is_first(stage), layout.is_last(stage))
+    return context.model, layout.tp, layout.sequence_parallel, layout.recompute, len(layout.layers_of(stage)), *ends

@@ -6,6 +6,7 @@ A stage is a row of pieces. Cut after each collective (MuxTune §3.4.2) they bec
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Literal
 
@@ -18,6 +19,7 @@ from muxtune.spec.ops import Direction, Op
 from muxtune.spec.peft import PeftSpec
 
 PieceName = Literal["embed", "norm1", "attention", "norm2", "mlp", "exit", "final_norm", "head"]
+LAYER: tuple[PieceName, ...] = ("norm1", "attention", "norm2", "mlp")
 
 Collective = Literal["all_reduce", "reduce_scatter", "all_gather"]
 Way = Literal["forward", "backward"]
@@ -31,10 +33,14 @@ GATHERED = {"forward": ("norm1", "norm2", "final_norm"), "backward": ("exit", "n
 
 @noun
 class Piece:
-    """The smallest part of a stage that has its own autograd cut. `layer` is the global layer number, -1 outside layers."""
+    """The smallest part of a stage that has its own autograd cut. `layer` is the global layer number, -1 outside layers.
+
+    `again` marks a forward that a backward repeats (`Layout.recompute`).
+    """
 
     name: PieceName
     layer: int = -1
+    again: bool = False
 
 
 @noun
@@ -55,6 +61,7 @@ class Subgraph:
         """For people: `layer3.attention`, `head`, `layer3.mlp all_reduce`."""
         piece = self.pieces[-1]
         label = piece.name if piece.layer < 0 else f"layer{piece.layer}.{piece.name}"
+        label += " again" if piece.again else ""
         return label if self.collective is None else f"{label} {self.collective}"
 
 
@@ -62,20 +69,31 @@ def stage_pieces(layout: Layout, stage: int) -> tuple[Piece, ...]:
     """The pieces of a stage in forward order."""
     pieces: list[Piece] = [Piece(name="embed")] if layout.is_first(stage) else []
     for layer in layout.layers_of(stage):
-        names: tuple[PieceName, ...] = ("norm1", "attention", "norm2", "mlp")
-        pieces += [Piece(name=name, layer=layer) for name in names]
+        pieces += [Piece(name=name, layer=layer) for name in LAYER]
     pieces += [Piece(name="final_norm"), Piece(name="head")] if layout.is_last(stage) else [Piece(name="exit")]
     return tuple(pieces)
 
 
 def pieces_of(layout: Layout, stage: int, way: Way) -> tuple[Piece, ...]:
-    """The pieces of a stage in the order in which a direction runs them; the embedding has no backward."""
-    pieces = stage_pieces(layout, stage)
-    return pieces if way == "forward" else tuple(p for p in reversed(pieces) if p.name != "embed")
+    """The pieces of a stage in the order in which a direction runs them; the embedding has no backward.
+
+    Under recomputation a layer's forward comes again before its backward.
+    """
+    if way == "forward":
+        return stage_pieces(layout, stage)
+    found: list[Piece] = []
+    for piece in reversed(stage_pieces(layout, stage)):
+        if piece.name == "mlp" and layout.recompute == "full":
+            found += [Piece(name=name, layer=piece.layer, again=True) for name in LAYER]
+        found += [piece] if piece.name != "embed" else []
+    return tuple(found)
 
 
 def _cut(layout: Layout, stage: int, way: Way, piece: Piece) -> Collective | None:
     """The collective after a piece where tp > 1; a stage is cut there for any tp, so that launches are alike."""
+    if piece.again:
+        # A layer that is run again needs the collectives inside it; the sum of its output has no reader.
+        return None if piece.name == "mlp" else _cut(layout, stage, "forward", replace(piece, again=False))
     if piece.name in SUMMED[way]:
         return "reduce_scatter" if layout.sequence_parallel else "all_reduce"
     if not layout.sequence_parallel or piece.name not in GATHERED[way]:
@@ -101,6 +119,15 @@ def stage_subgraphs(layout: Layout, stage: int, direction: Way) -> tuple[Subgrap
     if open_pieces:
         found.append(Subgraph(index=len(found), pieces=tuple(open_pieces)))
     return tuple(found)
+
+
+def _backward_pieces(layout: Layout, stage: int) -> Iterator[Piece]:
+    """Pieces with a backward, last first; under recomputation a layer's forward comes again before its backward."""
+    for piece in reversed(stage_pieces(layout, stage)):
+        if piece.name == "mlp" and layout.recompute == "full":
+            yield from (Piece(name=name, layer=piece.layer, again=True) for name in LAYER)
+        if piece.name != "embed":
+            yield piece
 
 
 @noun
@@ -256,20 +283,19 @@ def _turn(op: Op, direction: Direction) -> Op:
 def subgraph_ops(context: StageContext, batch: Batch, direction: Way) -> tuple[tuple[Op, ...], ...]:
     """Operators of each subgraph of a stage, in the order of `stage_subgraphs`; a collective is one message.
 
-    `size_bytes` of a collective counts the whole tensor, also where ranks hold a part before or after it.
+    `size_bytes` of a collective counts the whole tensor, also where ranks hold a part before or after it. Under
+    recomputation a backward has the forward operators of every layer as well.
     """
     by_piece = {piece: (fwd, bwd) for piece, fwd, bwd in stage_ops(context, batch)}
-    index = 0 if direction == "forward" else 1
     found: list[tuple[Op, ...]] = []
     size_bytes = batch.tokens * context.model.hidden * context.model.element_bytes
-    pieces = pieces_of(context.layout, context.stage, direction)
-    follower = dict(pairwise(pieces))
+    follower = dict(pairwise(p for p in pieces_of(context.layout, context.stage, direction) if not p.again))
     for subgraph in stage_subgraphs(context.layout, context.stage, direction):
         if subgraph.collective is None:
-            found.append(tuple(op for piece in subgraph.pieces for op in by_piece[piece][index]))
+            found.append(tuple(op for p in subgraph.pieces for op in _ops_of(by_piece, p, direction)))
             continue
         piece = subgraph.pieces[0]
-        if direction == "forward":
+        if direction == "forward" or piece.again:
             needed = True
         elif subgraph.collective == "all_gather":
             needed = bool(by_piece[follower[piece]][1])
@@ -277,6 +303,13 @@ def subgraph_ops(context: StageContext, batch: Batch, direction: Way) -> tuple[t
             needed = _input_gradient(*by_piece[piece])
         found.append((ops.message(subgraph.collective, size_bytes, (context.layout.tp,)),) if needed else ())
     return tuple(found)
+
+
+def _ops_of(
+    by_piece: dict[Piece, tuple[tuple[Op, ...], tuple[Op, ...]]], piece: Piece, direction: Way
+) -> tuple[Op, ...]:
+    forward, backward = by_piece[replace(piece, again=False) if piece.again else piece]
+    return forward if direction == "forward" or piece.again else backward
 
 
 def _input_gradient(forward: tuple[Op, ...], backward: tuple[Op, ...]) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from muxtune.spec.bind import bind, stage_orders
 from muxtune.spec.catalogue import stage_subgraphs
 from muxtune.spec.errors import PlanError
-from muxtune.spec.memory import rank_peaks
+from muxtune.spec.memory import moment_text, rank_peaks
 from muxtune.spec.plan import Instance, OrderKey, Plan, StageOrder
 from muxtune.spec.program import Bound, Instruction, Program
 from muxtune.spec.units import format_bytes
@@ -252,18 +252,12 @@ def _cycle(program: Program) -> Iterator[str]:
 
 
 def check_memory(bound: Bound) -> tuple[str, ...]:
-    """Ranks whose peak exceeds the device, with the moment, the bytes needed and the bytes there."""
-    limit = bound.plan.cluster.device.memory_bytes
-    lists = {x.rank: x.instructions for x in bound.program.ranks}
-    problems: list[str] = []
-    for peak in rank_peaks(bound):
-        if peak.peak_bytes > limit:
-            at = lists[peak.rank][peak.instruction] if peak.instruction >= 0 else None
-            moment = (
-                f"during {at.op} of bucket {at.key.bucket} unit {at.key.unit}" if at else "before the first instruction"
-            )
-            problems.append(
-                f"rank {peak.rank} does not fit: needs {format_bytes(peak.peak_bytes)} {moment} "
-                f"({format_bytes(peak.static_bytes)} of them static), {bound.plan.cluster.device.name} has {format_bytes(limit)}"
-            )
-    return tuple(problems)
+    """Ranks whose peak exceeds the device: the moment, the bytes needed and what they are made of, the bytes there."""
+    device = bound.plan.cluster.device
+    return tuple(
+        f"rank {peak.rank} does not fit: needs {format_bytes(peak.peak_bytes)} {moment_text(bound, peak)} "
+        f"({format_bytes(peak.static_bytes)} of them static; {peak.footprint.sentence()}), "
+        f"{device.name} has {format_bytes(device.memory_bytes)}"
+        for peak in rank_peaks(bound)
+        if peak.peak_bytes > device.memory_bytes
+    )

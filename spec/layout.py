@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from muxtune.spec.model import ModelSpec, require_layers
 from muxtune.spec.noun import noun
+
+#: `full`: of every layer only its input is kept, and a backward runs the layer's forward again (Chen et al. 2016).
+Recompute = Literal["none", "full"]
 
 
 @noun
@@ -11,12 +16,15 @@ class Layout:
     """tp × pp × dp ranks. `layers_per_stage` has one entry a stage; rank = (dp_index · pp + stage) · tp + tp_index.
 
     With `sequence_parallel` the residual stream between blocks is cut over tp along the tokens (Korthikanti et al. 2022).
+    With `recompute: full` a unit in flight keeps one hidden vector a token and layer, and its backward makes one layer at a
+    time again: one more forward of every layer. Final norm and head are in no layer and keep what they save.
     """
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
     sequence_parallel: bool = False
+    recompute: Recompute = "none"
     layers_per_stage: tuple[int, ...]
 
     def __post_init__(self) -> None:
@@ -34,8 +42,10 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """For people: `tp=2 pp=4 dp=1`, and `sp` where sequences are cut over tp."""
-        return f"tp={self.tp} pp={self.pp} dp={self.dp}" + (" sp" if self.sequence_parallel else "")
+        """For people: `tp=2 pp=4 dp=1`, `sp` where sequences are cut over tp, `recompute`."""
+        return f"tp={self.tp} pp={self.pp} dp={self.dp}" + "".join(
+            word for word, there in ((" sp", self.sequence_parallel), (" recompute", self.recompute == "full")) if there
+        )
 
     @property
     def ranks(self) -> int:

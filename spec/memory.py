@@ -1,28 +1,31 @@
-"""Memory of a Program per rank, derived from shapes: static bytes, bytes held from a unit's forward to its backward, peak.
+"""Memory of a Program per rank over time, derived from shapes (mode `exact`: what is really in flight).
 
-Counted as the executor holds them: what autograd saves of each piece, plus the transient of the piece that runs.
+Static bytes stay for the whole Program; activations and messages only change at instructions. Eq. 5 of the paper, where all
+tasks are in flight at once, is in memory_paper.py.
 """
 
 from __future__ import annotations
 
-from muxtune.spec.align import Batch
-from muxtune.spec.catalogue import StageContext, adapter_sizes, shard, stage_pieces
+from collections.abc import Hashable, Iterable
+
+from muxtune.spec.catalogue import StageContext, adapter_sizes
+from muxtune.spec.cluster import DeviceSpec
+from muxtune.spec.footprint import Amount, Footprint, Tensors, amount
 from muxtune.spec.noun import noun
 from muxtune.spec.plan import Plan
-from muxtune.spec.program import Bound, Instruction, UnitKey, UnitWork
-
-#: Adapter parameter, gradient and the two AdamW moments, all fp32.
-ADAPTER_STATE_BYTES = 16
+from muxtune.spec.program import Bound, Instruction, RankProgram, UnitKey, UnitWork
+from muxtune.spec.tensors import ADAPTER_KINDS, again_tensors, held_tensors, weight_tensors, working_bytes
 
 
 @noun
 class RankPeak:
-    """Peak of one rank: the bytes, the instruction during which they are reached, and how many of them are static."""
+    """Peak of one rank: the bytes, what they are made of, the instruction that first reaches them (-1: before any)."""
 
     rank: int
     peak_bytes: int
     static_bytes: int
     instruction: int
+    footprint: Footprint
 
 
 def stage_context(plan: Plan, instance: int, stage: int) -> StageContext:
@@ -32,105 +35,77 @@ def stage_context(plan: Plan, instance: int, stage: int) -> StageContext:
     return StageContext(model=plan.workload.model, layout=found.layout, stage=stage, adapters=adapters)
 
 
-def backbone_bytes(context: StageContext) -> int:
-    """Weights of one rank's shard of the backbone."""
-    model, layout = context.model, context.layout
-    count = len(layout.layers_of(context.stage)) * model.layer_parameters // layout.tp
-    if layout.is_first(context.stage):
-        count += model.embedding_parameters // layout.tp
-    if layout.is_last(context.stage):
-        count += model.head_parameters // layout.tp
-        if model.tied_embeddings and not layout.is_first(context.stage):
-            count += model.vocab * model.hidden // layout.tp
-    return count * model.element_bytes
+def adapter_amounts(context: StageContext, tasks: Iterable[str], device: DeviceSpec) -> dict[str, Amount]:
+    """Adapters of some tasks on one rank by kind; an adapter's tensors are rounded as if they were of one size."""
+    found = dict.fromkeys(ADAPTER_KINDS, Amount())
+    for parameters, tensors in (adapter_sizes(context, t) for t in tasks):
+        for kind, each_bytes in ADAPTER_KINDS.items():
+            size_bytes = parameters * each_bytes
+            equal = amount([(-(-size_bytes // tensors), tensors)], device)
+            rounding_bytes = equal.taken_bytes - size_bytes if not device.is_cpu else 0
+            found[kind] = Amount(
+                size_bytes=found[kind].size_bytes + size_bytes,
+                rounding_bytes=found[kind].rounding_bytes + rounding_bytes,
+            )
+    return found
 
 
-def adapter_bytes(context: StageContext, tasks: tuple[str, ...]) -> int:
-    """Adapters of some tasks on one rank with gradients and optimizer states."""
-    return sum(adapter_sizes(context, t)[0] for t in tasks) * ADAPTER_STATE_BYTES
+def static_footprint(plan: Plan, rank: int) -> Footprint:
+    """Backbones, adapters, gradients and optimizer states that stay on a device for the whole Program.
 
-
-def held_bytes(context: StageContext, batch: Batch) -> int:
-    """Bytes that one batch keeps on a stage from its forward to its backward."""
-    held = 0
-    for piece in stage_pieces(context.layout, context.stage):
-        if piece.name == "attention":
-            held += _attention_held(context, batch)
-        elif piece.name == "mlp":
-            held += _mlp_held(context, batch)
-        elif piece.name in ("norm1", "norm2", "final_norm"):
-            held += context.layout.shard_tokens(batch.tokens) * (context.model.hidden + 1)
-        elif piece.name == "head":
-            held += batch.tokens * 2 * (context.model.vocab // context.layout.tp)
-    return held * context.model.element_bytes
-
-
-def _adapted(context: StageContext, batch: Batch, target: str) -> tuple[bool, int]:
-    """(whether any task of the batch adapts the target, elements of the adapters' own intermediates)."""
-    inner = 0
-    found = False
-    for task, start, end in batch.segments():
-        peft = context.peft(task)
-        if target in peft.targets:
-            found = True
-            inner += (end - start) * peft.operator()[1]
-    return found, inner
-
-
-def _saved_input(context: StageContext, batch: Batch, target: str) -> int:
-    """Elements saved for the adapters of one BaseOp: its input, and the low-rank intermediate."""
-    found, inner = _adapted(context, batch, target)
-    return (batch.tokens * shard(context.model, context.layout.tp, target)[0] if found else 0) + inner
-
-
-def _attention_held(context: StageContext, batch: Batch) -> int:
-    """q, k, v after rope, the output, its log-sum-exp, and the inputs of adapted linears (elements)."""
-    model, tp = context.model, context.layout.tp
-    heads, kv = model.heads // tp, max(1, model.kv_heads // tp)
-    per_token = (2 * heads + 2 * kv) * model.head_dim + heads
-    return batch.tokens * per_token + _saved_input(context, batch, "qkv") + _saved_input(context, batch, "proj")
-
-
-def _mlp_held(context: StageContext, batch: Batch) -> int:
-    """Input of the activation (gate and up), its inner product, and the inputs of adapted linears (elements)."""
-    model, tp = context.model, context.layout.tp
-    per_token = (model.fc1_out + (model.ffn_hidden if model.gated else 0)) // tp
-    return batch.tokens * per_token + _saved_input(context, batch, "fc1") + _saved_input(context, batch, "fc2")
-
-
-def working_bytes(context: StageContext, batch: Batch) -> int:
-    """Largest transient beside the held bytes: gradients of the widest piece while its backward runs."""
-    model, tp = context.model, context.layout.tp
-    widest = max(2 * model.fc1_out // tp, 2 * model.qkv_out // tp)
-    if context.layout.is_last(context.stage):
-        widest = max(widest, model.vocab // tp)
-    return batch.tokens * (widest + 2 * model.hidden) * model.element_bytes
-
-
-def static_bytes(plan: Plan, rank: int) -> int:
-    """Backbones, adapters, gradients and optimizer states that stay on a device for the whole Program."""
-    backbones: list[int] = []
-    adapters = 0
+    Resident backbones of instances that share the device add up; of swapped ones the largest counts. Adapters with their
+    gradients and states always stay.
+    """
+    device = plan.cluster.device
+    backbones: list[Amount] = []
+    kinds: dict[str, list[Amount]] = {kind: [] for kind in ADAPTER_KINDS}
     for index, instance in enumerate(plan.instances):
         if rank not in instance.devices:
             continue
         context = stage_context(plan, index, instance.layout.stage_of(instance.devices.index(rank)))
-        backbones.append(backbone_bytes(context))
-        adapters += adapter_bytes(context, instance.tasks)
-    kept = sum(backbones) if plan.residency == "resident" else max(backbones, default=0)
-    return kept + adapters
+        backbones.append(amount(weight_tensors(context), device))
+        for kind, found in adapter_amounts(context, instance.tasks, device).items():
+            kinds[kind].append(found)
+    if plan.residency == "swapped":
+        backbones = sorted(backbones, key=lambda a: a.taken_bytes)[-1:]
+    kinds["weights"] = backbones
+    return Footprint(
+        **{f"{kind}_bytes": sum(a.size_bytes for a in amounts) for kind, amounts in kinds.items()},
+        rounding_bytes=sum(a.rounding_bytes for amounts in kinds.values() for a in amounts),
+    )
+
+
+def static_bytes(plan: Plan, rank: int) -> int:
+    """All of `static_footprint`."""
+    return static_footprint(plan, rank).total_bytes
+
+
+def stage_static_bytes(context: StageContext, tasks: Iterable[str], device: DeviceSpec) -> int:
+    """Static bytes of one rank that holds one backbone's stage and the adapters of some tasks."""
+    adapters = adapter_amounts(context, tasks, device).values()
+    return amount(weight_tensors(context), device).taken_bytes + sum(a.taken_bytes for a in adapters)
+
+
+#: What one unit needs on a stage: kept from forward to backward, made again in its backward, transient of either.
+UnitAmounts = tuple[Amount, Amount, Amount]
 
 
 class MemoryWalk:
-    """Walks a rank's instructions and says how many bytes are in use during each (activations only change at instructions)."""
+    """Walks a rank's instructions and says what is in use during and after each.
+
+    `parts` holds by kind what is in use beside the static bytes: `_put` and `_drop` are all that another kind needs.
+    """
 
     def __init__(self, bound: Bound, rank: int) -> None:
         self.plan, self.rank = bound.plan, rank
+        self.device = bound.plan.cluster.device
         self.works: dict[UnitKey, UnitWork] = {w.key: w for w in bound.program.units}
-        self.static_bytes = static_bytes(bound.plan, rank)
-        self.held: dict[UnitKey, int] = {}
-        self.inbox: dict[tuple[UnitKey, str], int] = {}
+        self.static = static_footprint(bound.plan, rank)
+        self.static_bytes = self.static.total_bytes
+        self.parts: dict[str, dict[Hashable, Amount]] = {"activations": {}, "messages": {}, "workspace": {}}
+        self.moving_bytes = 0
         self.contexts: dict[int, StageContext] = {}
+        self.amounts: dict[Hashable, UnitAmounts] = {}
 
     def context(self, instance: int) -> StageContext:
         """The stage context of this rank in an instance."""
@@ -142,40 +117,102 @@ class MemoryWalk:
 
     def step(self, instruction: Instruction) -> tuple[int, int]:
         """(bytes in use while the instruction runs, bytes in use after it)."""
-        key, payload = instruction.key, instruction.payload or ""
-        if instruction.op == "recv":
-            self.inbox[key, payload] = instruction.size_bytes
-            return self.in_use(), self.in_use()
-        if instruction.op == "send":
-            return self.in_use() + instruction.size_bytes, self.in_use()
-        if instruction.op == "step":
-            return self.in_use(), self.in_use()
-        context, work = self.context(key.instance), self.works[key]
-        working = max(working_bytes(context, b) for b in work.batches)
-        if instruction.op == "forward":
-            self.held[key] = sum(held_bytes(context, b) for b in work.batches)
-        during = self.in_use() + working
-        if instruction.op == "backward":
-            self.held.pop(key, None)
-            self.inbox.pop((key, "gradient"), None)
-            self.inbox.pop((key, "activation"), None)
+        self.begin(instruction)
+        during = self.in_use()
+        self.end(instruction)
         return during, self.in_use()
 
+    def begin(self, x: Instruction) -> None:
+        """Take what an instruction needs while it runs."""
+        if x.op in ("send", "recv"):
+            self._put("messages", (x.key, x.payload, x.op), amount([(x.size_bytes, 1)], self.device))
+        elif x.op != "step":
+            held, again, working = self._unit(x.key)
+            if x.op == "forward":
+                # The received stream is from now on the input that the first layer keeps.
+                self._drop("messages", (x.key, "activation", "recv"))
+                self._put("activations", x.key, held)
+            else:
+                self._put("activations", (x.key, "again"), again)
+            self._put("workspace", x.key, working)
+
+    def end(self, x: Instruction) -> None:
+        """Give back what only the instruction needed, and after a backward what its unit kept."""
+        if x.op == "send":
+            self._drop("messages", (x.key, x.payload, x.op))
+        self._drop("workspace", x.key)
+        if x.op == "backward":
+            self._drop("activations", (x.key, "again"))
+            self._drop("activations", x.key)
+            self._drop("messages", (x.key, "gradient", "recv"))
+
     def in_use(self) -> int:
-        """Bytes in use between instructions."""
-        return self.static_bytes + sum(self.held.values()) + sum(self.inbox.values())
+        """Bytes in use now."""
+        return self.static_bytes + self.moving_bytes
+
+    def footprint(self) -> Footprint:
+        """Bytes in use now, by kind."""
+        found = dict(self.static.by_kind())
+        for kind, amounts in self.parts.items():
+            for each in amounts.values():
+                found[kind] += each.size_bytes
+                found["rounding"] += each.rounding_bytes
+        return Footprint(**{f"{kind}_bytes": size_bytes for kind, size_bytes in found.items()})
+
+    @property
+    def units_in_flight(self) -> int:
+        """Units between their forward and their backward."""
+        return len(self.parts["activations"])
+
+    def _put(self, kind: str, key: Hashable, taken: Amount) -> None:
+        self.parts[kind][key] = taken
+        self.moving_bytes += taken.taken_bytes
+
+    def _drop(self, kind: str, key: Hashable) -> None:
+        """Give back what was put under this key, if anything was."""
+        found = self.parts[kind].pop(key, None)
+        self.moving_bytes -= found.taken_bytes if found else 0
+
+    def _unit(self, key: UnitKey) -> UnitAmounts:
+        """What a unit needs here; units of one shape are computed once."""
+        batches = self.works[key].batches
+        shape = (key.instance, tuple(b.segments() for b in batches))
+        if shape not in self.amounts:
+            context = self.context(key.instance)
+            held: Tensors = tuple(t for b in batches for t in held_tensors(context, b))
+            # hTasks of a unit may be interleaved: each has a layer made again, but only one piece runs at a time.
+            again: Tensors = tuple(t for b in batches for t in again_tensors(context, b))
+            working: Tensors = ((max(working_bytes(context, b) for b in batches), 1),)
+            self.amounts[shape] = (
+                amount(held, self.device),
+                amount(again, self.device),
+                amount(working, self.device),
+            )
+        return self.amounts[shape]
 
 
 def rank_peaks(bound: Bound) -> tuple[RankPeak, ...]:
-    """Peak bytes of every rank of a Program and where it is reached (mode `exact`: what is really in flight)."""
-    peaks: list[RankPeak] = []
-    for listing in bound.program.ranks:
-        walk = MemoryWalk(bound, listing.rank)
-        best = (walk.static_bytes, -1)
-        for index, instruction in enumerate(listing.instructions):
-            during, _ = walk.step(instruction)
-            best = max(best, (during, index), key=lambda b: b[0])
-        peaks.append(
-            RankPeak(rank=listing.rank, peak_bytes=best[0], static_bytes=walk.static_bytes, instruction=best[1])
-        )
-    return tuple(peaks)
+    """Peak of every rank of a Program, where it is first reached and what it is made of."""
+    return tuple(_rank_peak(bound, listing) for listing in bound.program.ranks)
+
+
+def _rank_peak(bound: Bound, listing: RankProgram) -> RankPeak:
+    walk = MemoryWalk(bound, listing.rank)
+    peak_bytes, at, footprint = walk.static_bytes, -1, walk.static
+    for index, instruction in enumerate(listing.instructions):
+        walk.begin(instruction)
+        if walk.in_use() > peak_bytes:
+            peak_bytes, at, footprint = walk.in_use(), index, walk.footprint()
+        walk.end(instruction)
+    return RankPeak(
+        rank=listing.rank, peak_bytes=peak_bytes, static_bytes=walk.static_bytes, instruction=at, footprint=footprint
+    )
+
+
+def moment_text(bound: Bound, peak: RankPeak) -> str:
+    """When a rank reaches its peak, for people."""
+    if peak.instruction < 0:
+        return "before the first instruction"
+    listing = next(x for x in bound.program.ranks if x.rank == peak.rank)
+    x = listing.instructions[peak.instruction]
+    return f"during {x.op} of bucket {x.key.bucket} unit {x.key.unit}"

@@ -311,6 +311,33 @@ def test_check_shows_peaks_of_every_rank(folder, capsys):
     assert all(0 < peak < body["memory_bytes"] for peak in body["peak_bytes"].values())
 
 
+def test_memory_is_shown_by_kind(folder, capsys):
+    plan = make_plan_file()
+    capsys.readouterr()
+    row = run_json(capsys, "simulate", plan)
+    assert [m["rank"] for m in row["memory"]] == [0, 1]
+    for rank, found in enumerate(row["memory"]):
+        assert sum(found["footprint"].values()) == found["peak_bytes"] == row["peak_bytes_per_rank"][rank]
+        assert found["moment"].startswith(("during forward of bucket", "during backward of bucket"))
+        assert 0 < found["time_ns"] < row["iteration_ns"]
+    assert row["paper_peak_bytes"] == max(row["paper_peak_bytes_per_rank"])
+    checked = run_json(capsys, "check", plan)["memory"]
+    assert checked == [{k: v for k, v in found.items() if k != "time_ns"} for found in row["memory"]]
+    assert main(["simulate", plan]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("optimizer states", "activations", "rounding", "peak by Eq. 5"))
+
+
+def test_recomputation_takes_less_memory_and_more_time(folder, capsys):
+    """It is planned and simulated; the executor refuses it before it starts anything."""
+    rows = [run_json(capsys, *PLAN, "--recompute", choice) for choice in ("none", "full")]
+    assert [r["recompute"] for r in rows] == ["none", "full"]
+    assert rows[0]["peak_bytes"] > rows[1]["peak_bytes"]
+    assert rows[0]["iteration_ns"] < rows[1]["iteration_ns"]
+    assert main(["execute", "plan.json"]) == 2
+    one_line(capsys, "recompute=full: the executor keeps every activation; plan again without --recompute")
+
+
 def test_list_shows_every_kind(capsys):
     body = run_json(capsys, "list")
     assert list(body) == ["policies", "models", "devices", "datasets", "cost-models", "peft", "profiles"]

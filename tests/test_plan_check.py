@@ -286,7 +286,8 @@ class TestMemory:
         assert only(check(self.limited(plan, peaks[1].peak_bytes - 1))) == (
             f"rank {peaks[1].rank} does not fit: needs {format_bytes(peaks[1].peak_bytes)} during {instruction.op} of "
             f"bucket {instruction.key.bucket} unit {instruction.key.unit} "
-            f"({format_bytes(peaks[1].static_bytes)} of them static), cpu has {format_bytes(peaks[1].peak_bytes - 1)}"
+            f"({format_bytes(peaks[1].static_bytes)} of them static; {peaks[1].footprint.sentence()}), "
+            f"cpu has {format_bytes(peaks[1].peak_bytes - 1)}"
         )
 
     @staticmethod

@@ -19,6 +19,7 @@ from muxtune.sim.cost.roofline import Roofline
 from muxtune.spec.bind import bind
 from muxtune.spec.cluster import DeviceSpec, Link
 from muxtune.spec.errors import ExtrapolationError, InfeasibleError
+from muxtune.spec.layout import Recompute
 from muxtune.spec.memory import rank_peaks
 from muxtune.spec.ops import Op
 
@@ -107,8 +108,14 @@ def test_later_microbatches_hold_what_is_left(tiny_state: Any, tiny_workload: An
 
 @pytest.mark.parametrize("pp", [1, 2, 4])
 @pytest.mark.parametrize("microbatches", [1, 2, 8])
-def test_peak_is_what_check_finds(pp: int, microbatches: int, tiny_state: Any, tiny_workload: Any) -> None:
-    state = tiny_state(tiny_workload(3, samples=(8,), targets=TARGETS), pp=pp, microbatches=microbatches)
+@pytest.mark.parametrize("cluster", ["4xcpu", "4xA40"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_peak_is_what_check_finds(
+    pp: int, microbatches: int, cluster: str, recompute: Recompute, tiny_state: Any, tiny_workload: Any
+) -> None:
+    workload = tiny_workload(3, samples=(8,), targets=TARGETS)
+    state = tiny_state(workload, pp=pp, microbatches=microbatches, cluster=cluster)
+    state = replace(state, layout=replace(state.layout, recompute=recompute))
     surrogate = Surrogate(Roofline(), state, "pad")
     plan = make_policy("sl-peft", Roofline()).plan(state)
     walked = [p.peak_bytes for p in rank_peaks(bind(plan, seed=0))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -230,3 +231,49 @@ def test_adapter_parameters_by_hand() -> None:
     found = context(model_preset("tiny-llama"))
     per_layer = 4 * ((192 + 320) + (192 + 192) + (192 + 1024) + (512 + 192))
     assert adapter_sizes(found, "a") == (4 * per_layer, 4 * 4 * 2)
+
+
+class TestRecomputation:
+    """`recompute: full`: the backward of a layer runs its forward again first."""
+
+    @pytest.mark.parametrize("tp", [1, 2])
+    @pytest.mark.parametrize("stage", [0, 1])
+    def test_the_backward_has_one_more_forward_of_every_layer(self, stage: int, tp: int) -> None:
+        """As a multiset: backward operators with recomputation = without + the layers' forward operators."""
+        plain = context(model_preset("tiny-llama"), stage, tp=tp, pp=2, a=("qkv", "fc2"), b=("proj",))
+        full = replace(plain, layout=replace(plain.layout, recompute="full"))
+        work = batch(("a", 8), ("b", 16))
+        layers = [op for piece, forward, _ in stage_ops(plain, work) if piece.layer >= 0 for op in forward]
+        before, after = (
+            [op for group in subgraph_ops(c, work, "backward") for op in group if op.family != "all_reduce"]
+            for c in (plain, full)
+        )
+        assert Counter(after) == Counter(before) + Counter(layers)
+        assert sum(op.flops for op in after) == sum(op.flops for op in (*before, *layers))
+        assert subgraph_ops(full, work, "forward") == subgraph_ops(plain, work, "forward")
+
+    def test_a_layer_by_hand(self) -> None:
+        """Stage 1 of 4 holds layer 1 alone, tp=2: the sum inside the layer comes again, that of its output has no reader."""
+        layout = replace(even_layout(model_preset("tiny-llama"), tp=2, pp=4), recompute="full")
+        names = [s.name for s in stage_subgraphs(layout, 1, "backward")]
+        assert names == [
+            "layer1.attention again",
+            "layer1.attention again all_reduce",
+            "layer1.mlp",
+            "layer1.mlp all_reduce",
+            "layer1.attention",
+            "layer1.attention all_reduce",
+            "layer1.norm1",
+        ]
+        pieces = stage_subgraphs(layout, 1, "backward")[2].pieces
+        assert [(p.name, p.again) for p in pieces] == [("norm2", True), ("mlp", True), ("mlp", False)]
+
+    def test_every_collective_that_comes_again_moves_the_batch(self) -> None:
+        found = context(model_preset("tiny-llama"), 0, tp=2, pp=2)
+        found = replace(found, layout=replace(found.layout, recompute="full"))
+        subgraphs = stage_subgraphs(found.layout, 0, "backward")
+        groups = subgraph_ops(found, batch(("a", 8)), "backward")
+        sizes = [
+            g[0].size for s, g in zip(subgraphs, groups, strict=True) if s.kind == "collective" and s.pieces[0].again
+        ]
+        assert sizes == [(8 * 192 * 4,)] * 2

@@ -13,19 +13,11 @@ from muxtune.spec.align import Batch, Row
 from muxtune.spec.bind import bind
 from muxtune.spec.catalogue import StageContext
 from muxtune.spec.layout import even_layout
-from muxtune.spec.memory import (
-    ADAPTER_STATE_BYTES,
-    MemoryWalk,
-    adapter_bytes,
-    backbone_bytes,
-    held_bytes,
-    rank_peaks,
-    static_bytes,
-    working_bytes,
-)
+from muxtune.spec.memory import MemoryWalk, rank_peaks, static_bytes
 from muxtune.spec.model import model_preset
 from muxtune.spec.peft.lora import LoRA
 from muxtune.spec.plan import Plan
+from muxtune.spec.tensors import ADAPTER_STATE_BYTES, adapter_bytes, backbone_bytes, held_bytes, working_bytes
 
 
 def contexts(name: str, *, tp: int = 1, pp: int = 1, targets: tuple[str, ...] = ("qkv",)) -> list[StageContext]:
@@ -113,9 +105,8 @@ def most_in_flight(plan: Plan) -> list[int]:
         walk, seen = MemoryWalk(bound, listing.rank), 0
         for instruction in listing.instructions:
             walk.step(instruction)
-            seen = max(seen, len(walk.held))
-        assert not walk.held
-        assert not walk.inbox
+            seen = max(seen, walk.units_in_flight)
+        assert not any(walk.parts.values())
         assert walk.in_use() == walk.static_bytes
         most.append(seen)
     return most

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from muxtune.sim.traces.cluster import read_cluster
 from muxtune.sim.traces.workload import read_workload
 from muxtune.spec.cluster import Cluster
 from muxtune.spec.errors import InputError
-from muxtune.spec.layout import Layout, even_layout
+from muxtune.spec.layout import Layout, Recompute, even_layout
 from muxtune.spec.model import ModelSpec
 from muxtune.spec.noun import digest
 from muxtune.spec.task import Workload
@@ -29,6 +29,7 @@ class Options:
     pp: int | None = None
     dp: int = 1
     sequence_parallel: bool = False
+    recompute: Recompute = "none"
     microbatches: int = 4
     cost: str = "roofline"
     allow_extrapolation: bool = False
@@ -67,6 +68,7 @@ class Problem:
             "workload": self.workload.name,
             "cluster": self.cluster.name,
             "layout": self.layout.name,
+            "recompute": self.layout.recompute,
             "microbatches": self.options.microbatches,
             "seed": self.options.seed,
             "cost_model": cost_body(self.cost),
@@ -97,7 +99,8 @@ def choose_layout(model: ModelSpec, cluster: Cluster, options: Options) -> Layou
             f"tp={tp} x pp={stages} x dp={dp} needs {tp * stages * dp} devices, cluster {cluster.name} has "
             f"{cluster.size}: lower a degree or give a larger --cluster"
         )
-    return even_layout(model, tp=tp, pp=stages, dp=dp, sequence_parallel=options.sequence_parallel)
+    layout = even_layout(model, tp=tp, pp=stages, dp=dp, sequence_parallel=options.sequence_parallel)
+    return replace(layout, recompute=options.recompute)
 
 
 def read_problem(workload: Path, cluster: str, options: Options) -> Problem:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from muxtune.experiments.commands.inputs import load_cost, output_file, output_folder, read_plan
+from muxtune.experiments.commands.memory import memory_rows, memory_table
 from muxtune.experiments.commands.rows import (
     UNCALIBRATED,
     Alone,
@@ -24,7 +25,9 @@ from muxtune.spec.bind import bind
 from muxtune.spec.check import require_valid
 from muxtune.spec.chrome import chrome_trace
 from muxtune.spec.files import write_text
+from muxtune.spec.memory_paper import paper_peak_bytes
 from muxtune.spec.noun import digest
+from muxtune.spec.units import format_bytes
 
 
 def run(
@@ -38,6 +41,8 @@ def run(
     out: Path | None = None,
 ) -> dict[str, Any]:
     """One row of `compare` with per-task times and the engine's speed; `out` gets simulate.json and trace.json.
+
+    `memory` has every rank's peak by kind, of the first draw; `paper_peak_bytes` is Eq. 5, all tasks in flight at once.
 
     Raises:
         InputError: wrong file, name or option. PlanError: the plan cannot be executed.
@@ -53,6 +58,7 @@ def run(
     started_s = time.process_time()
     simulation = simulate(bound, model)
     cpu_s = time.process_time() - started_s
+    paper = paper_peak_bytes(found)
     alone = Alone(found.workload, found.cluster, model, seed)
     body = {
         "workload": found.workload.name,
@@ -60,6 +66,10 @@ def run(
         "seed": seed,
         "cost_model": cost_body(model),
         **feasible_row(found.made_by.policy, found, predicted, alone.per_task(found, predicted)),
+        "memory": memory_rows(bound, simulation.timeline),
+        "memory_bytes": found.cluster.device.memory_bytes,
+        "paper_peak_bytes": max(paper),
+        "paper_peak_bytes_per_rank": list(paper),
         "timeline_digest": digest(simulation.timeline),
         "program_digest": bound.program.digest(),
         "events": simulation.events,
@@ -79,6 +89,8 @@ def show(body: dict[str, Any]) -> str:
         f"{body['workload']} on {body['cluster']}, seed {body['seed']}, {cost_text(body['cost_model'])}",
         figures_table([body]),
         task_table(body["per_task"]),
+        memory_table(body["memory"], body["memory_bytes"]),
+        f"peak by Eq. 5 (every task in flight at once, no adapters, no workspace): {format_bytes(body['paper_peak_bytes'])}",
         f"timeline {body['timeline_digest']}, {body['events']:,} events{rate}",
         *([] if body["cost_model"]["calibrated"] else [UNCALIBRATED]),
     )

@@ -1,0 +1,134 @@
+"""Tensors of a stage, from shapes: a backbone shard's weights, what a batch keeps from forward to backward, and its transient.
+
+Counted as the executor holds them: what autograd saves of each piece, plus the transient of the piece that runs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from muxtune.spec.align import Batch
+from muxtune.spec.catalogue import StageContext, adapter_sizes, shard
+from muxtune.spec.footprint import Tensors, exact_bytes
+from muxtune.spec.peft import TARGETS
+
+#: Bytes an adapter parameter needs of each kind: itself, its gradient, the two AdamW moments, all fp32.
+ADAPTER_KINDS = {"adapters": 4, "gradients": 4, "optimizer_states": 8}
+ADAPTER_STATE_BYTES = sum(ADAPTER_KINDS.values())
+
+
+def weight_tensors(context: StageContext) -> Tensors:
+    """Weights of one rank's shard of the backbone.
+
+    Tensor parallelism shards the linears, the biases of column-parallel ones and the vocabulary; norms, learned positions and
+    the biases of row-parallel linears are whole on every rank. A tied output layer is a copy where the embedding is elsewhere.
+    """
+    model, layout = context.model, context.layout
+    norm = [model.hidden] * (2 if model.norm == "layernorm" else 1)
+    layer = 2 * norm
+    for target in TARGETS:
+        k, n = shard(model, layout.tp, target)
+        layer.append(k * n)
+        if model.biases == "all" or (model.biases == "qkv" and target == "qkv"):
+            layer.append(n)
+    elements = layer * len(layout.layers_of(context.stage))
+    first, last = layout.is_first(context.stage), layout.is_last(context.stage)
+    if first:
+        elements += [model.max_positions * model.hidden] if model.positions == "learned" else []
+    if last:
+        elements += norm
+    copies = int(first) + int(last and not (model.tied_embeddings and first))
+    elements += [model.vocab // layout.tp * model.hidden] * copies
+    return _tensors(elements, model.element_bytes)
+
+
+def backbone_bytes(context: StageContext) -> int:
+    """Weights of one rank's shard of the backbone, without rounding."""
+    return exact_bytes(weight_tensors(context))
+
+
+def adapter_bytes(context: StageContext, tasks: tuple[str, ...]) -> int:
+    """Adapters of some tasks on one rank with gradients and optimizer states, without rounding."""
+    return sum(adapter_sizes(context, t)[0] for t in tasks) * ADAPTER_STATE_BYTES
+
+
+def held_bytes(context: StageContext, batch: Batch) -> int:
+    """Bytes that one batch keeps on a stage from its forward to its backward, without rounding."""
+    return exact_bytes(held_tensors(context, batch))
+
+
+def held_tensors(context: StageContext, batch: Batch) -> Tensors:
+    """What one batch keeps on a stage from its forward to its backward.
+
+    Without recomputation all that autograd saves; with it the input of every layer, and what final norm and head save.
+    """
+    saved = layer_tensors(context, batch)
+    kept = saved[:1] if context.layout.recompute == "full" else saved
+    layers = len(context.layout.layers_of(context.stage))
+    return (*((size_bytes, layers * count) for size_bytes, count in kept), *_end_tensors(context, batch))
+
+
+def again_tensors(context: StageContext, batch: Batch) -> Tensors:
+    """What a backward has in use beside the held tensors because it runs a layer again: the rest of what one layer saves."""
+    return layer_tensors(context, batch)[1:] if context.layout.recompute == "full" else ()
+
+
+def layer_tensors(context: StageContext, batch: Batch) -> Tensors:
+    """What autograd saves of one layer; the layer's input comes first."""
+    model, stream = context.model, context.layout.shard_tokens(batch.tokens)
+    norms = [stream * model.hidden, stream, stream]  # the second norm's input, and a statistic a token of each
+    elements = [*norms, *_attention_held(context, batch), *_mlp_held(context, batch)]
+    layer_input = (stream * model.hidden * model.element_bytes, 1)
+    return (layer_input, *_tensors(elements, model.element_bytes))
+
+
+def _end_tensors(context: StageContext, batch: Batch) -> Tensors:
+    """What final norm and head keep on the last stage: the norm's input, logits and their soft-max."""
+    if not context.layout.is_last(context.stage):
+        return ()
+    model, stream = context.model, context.layout.shard_tokens(batch.tokens)
+    logits = batch.tokens * (model.vocab // context.layout.tp)
+    return _tensors([stream * model.hidden, stream, logits, logits], model.element_bytes)
+
+
+def _tensors(elements: Iterable[int], element_bytes: int) -> Tensors:
+    counted = Counter(n * element_bytes for n in elements if n)
+    return tuple(sorted(counted.items()))
+
+
+def _saved_inputs(context: StageContext, batch: Batch, target: str) -> Iterator[int]:
+    """Elements saved for the adapters of one BaseOp: its input once, and each task's low-rank intermediate."""
+    found = [(s, end - start) for s, start, end in batch.segments() if target in context.peft(s).targets]
+    if found:
+        yield batch.tokens * shard(context.model, context.layout.tp, target)[0]
+    for task, tokens in found:
+        yield tokens * context.peft(task).operator()[1]
+
+
+def _attention_held(context: StageContext, batch: Batch) -> Iterator[int]:
+    """q, k, v after rope, the output, its log-sum-exp, and the inputs of adapted linears (elements)."""
+    model, tp = context.model, context.layout.tp
+    heads, kv = model.heads // tp, max(1, model.kv_heads // tp)
+    yield from (batch.tokens * n * model.head_dim for n in (heads, heads, kv, kv))
+    yield batch.tokens * heads
+    yield from _saved_inputs(context, batch, "qkv")
+    yield from _saved_inputs(context, batch, "proj")
+
+
+def _mlp_held(context: StageContext, batch: Batch) -> Iterator[int]:
+    """Input of the activation (gate and up), its inner product, and the inputs of adapted linears (elements)."""
+    model, tp = context.model, context.layout.tp
+    yield batch.tokens * (model.fc1_out // tp)
+    yield batch.tokens * (model.ffn_hidden // tp if model.gated else 0)
+    yield from _saved_inputs(context, batch, "fc1")
+    yield from _saved_inputs(context, batch, "fc2")
+
+
+def working_bytes(context: StageContext, batch: Batch) -> int:
+    """Largest transient beside the held bytes: gradients of the widest piece while its backward runs."""
+    model, tp = context.model, context.layout.tp
+    widest = max(2 * model.fc1_out // tp, 2 * model.qkv_out // tp)
+    if context.layout.is_last(context.stage):
+        widest = max(widest, model.vocab // tp)
+    return batch.tokens * (widest + 2 * model.hidden) * model.element_bytes
