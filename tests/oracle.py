@@ -63,7 +63,7 @@ def advance(workers: Sequence[Worker]) -> None:
     """Run all jobs: at each instant look at every worker until nothing moves, then go to the earliest end."""
     now_ns = 0
     while True:
-        while any([_moves(worker, now_ns) for worker in workers]):
+        while sum(_moves(worker, now_ns) for worker in workers):
             pass
         running = [job for w in workers for job in w.jobs[w.at : w.at + 1] if job.start_ns is not None]
         if not running:

@@ -25,9 +25,9 @@ Work = tuple[int, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """Prices that look random and depend only on the operator and its link; `more_ns` is added to every operator.
+    """Prices that look random and depend only on the operator and its link.
 
-    `link_share` = (a, b) multiplies the time of messages by a / b, rounded down.
+    Every operator takes up to `more_ns` more; `link_share` = (a, b) multiplies the time of messages by a / b, rounded down.
     """
 
     seed: int
@@ -41,7 +41,8 @@ class Noise:
         return zlib.crc32(repr((self.seed, *parts)).encode())
 
     def latency(self, op: Op, device: DeviceSpec, share: tuple[Op, ...] = ()) -> Cost:
-        return Cost(p50_ns=self.draw(op) % 997 + self.more_ns, host_ns=self.draw("host", op) % 101)
+        more_ns = self.draw("more", op) % (self.more_ns + 1)
+        return Cost(p50_ns=self.draw(op) % 997 + more_ns, host_ns=self.draw("host", op) % 101)
 
     def link_latency(self, op: Op, link: Link) -> Cost:
         a, b = self.link_share
