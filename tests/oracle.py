@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from muxtune.spec.align import Batch
-from muxtune.spec.catalogue import StageContext, adapter_sizes, subgraph_ops
+from muxtune.spec.catalogue import StageContext, adapter_sizes, replicated_parameters, subgraph_ops
 from muxtune.spec.cluster import Link
 from muxtune.spec.memory import stage_context
-from muxtune.spec.ops import Op, adamw, host, message
+from muxtune.spec.ops import COLLECTIVES, Op, adamw, host, message
 from muxtune.spec.plan import Instance
 from muxtune.spec.program import Bound, Instruction
 
@@ -44,10 +44,14 @@ class Worker:
 
 @dataclass(frozen=True)
 class Answer:
-    """`times[rank][instruction]` is (reached, done); `spans` maps (rank, instruction, hTask, subgraph) to (start, end)."""
+    """`times[rank][instruction]` is (reached, done); `spans` maps (rank, instruction, hTask, subgraph) to (start, end).
+
+    `priced_ns` sums device and host time of every operator, message and launch that was priced.
+    """
 
     times: tuple[tuple[tuple[int, int], ...], ...]
     spans: dict[tuple[int, int, int, int], tuple[int, int]]
+    priced_ns: int
 
 
 def answer(bound: Bound, cost: Any) -> Answer:
@@ -56,7 +60,7 @@ def answer(bound: Bound, cost: Any) -> Answer:
     advance(jobs.workers)
     spans = {place: (begin(found), end(found)) for place, found in jobs.kernels.items()}
     times = tuple(tuple((begin([first]), end([last])) for first, last in listing) for listing in jobs.instructions)
-    return Answer(times=times, spans=spans)
+    return Answer(times=times, spans=spans, priced_ns=jobs.priced_ns)
 
 
 def advance(workers: Sequence[Worker]) -> None:
@@ -108,10 +112,9 @@ class _Jobs:
         self.ranks = {listing.rank: self._worker() for listing in bound.program.ranks}
         self.hosts = {rank: self._worker() for rank in self.ranks}
         self.streams = {(rank, name): self._worker() for rank in self.ranks for name in ("compute", "comm")}
-        self.channels: dict[tuple[int, int, str], Worker] = {}
-        self.received: dict[tuple[int, int, str], list[Job]] = {}
         self.reached: dict[tuple[Any, ...], list[Job]] = {}
         self.kernels: dict[tuple[int, int, int, int], list[Job]] = {}
+        self.priced_ns = 0
         self.instructions = [
             [self._instruction(listing.rank, index, x) for index, x in enumerate(listing.instructions)]
             for listing in bound.program.ranks
@@ -149,14 +152,15 @@ class _Jobs:
             channel, before = self._worker(), list[Job]()
             for (x, sent), (y, received) in zip(found["send"], found["recv"], strict=True):
                 assert x.tag == y.tag, "messages overtake each other"
-                price = self.cost.link_latency(message("p2p", x.size_bytes), self.plan.cluster.link(source, target))
+                price = self._over(message("p2p", x.size_bytes), self.plan.cluster.link(source, target))
                 received.after = [channel.give(price.p50_ns, [sent, *before])]
                 before = [received]
 
     def _clock(self, rank: int, index: int, x: Instruction) -> Job:
         """The instruction's own host work, then the launches of the unit's hTasks; done when the last kernel is."""
         instance = self.plan.instances[x.key.instance]
-        stage = self._stage(instance, rank)
+        stage, here = self._stage(instance, rank), instance.devices.index(rank)
+        group = [d for i, d in enumerate(instance.devices) if i // instance.layout.tp == here // instance.layout.tp]
         context = stage_context(self.plan, x.key.instance, stage)
         overhead = self._price(host("instruction", x.op))  # type: ignore[arg-type]
         started = self.ranks[rank].give(overhead.p50_ns + overhead.host_ns)
@@ -165,7 +169,7 @@ class _Jobs:
         for launch in self._launches(x, stage):
             if launch.htask in groups:
                 before = [started, *done.get(launch.htask, [])]
-                prices = [self._price(op, instance, stage) for op in groups[launch.htask][launch.subgraph]]
+                prices = [self._price(op, group) for op in groups[launch.htask][launch.subgraph]]
                 made = self._launch(rank, x, launch.stream, prices, before)
                 done[launch.htask] = self.kernels[rank, index, launch.htask, launch.subgraph] = made
         return self.ranks[rank].give(0, [job for jobs in done.values() for job in jobs])
@@ -194,23 +198,35 @@ class _Jobs:
                 yield from listing.launches if listing.direction == x.op else ()
 
     def _step_ns(self, rank: int, x: Instruction) -> int:
-        """AdamW of the task's adapters here, then the gradient norm over the ranks of the instance."""
+        """AdamW of the task's adapters here, after the sums over the ranks that hold the same parameters; then the norm."""
         assert x.task is not None
         instance = self.plan.instances[x.key.instance]
         context = stage_context(self.plan, x.key.instance, self._stage(instance, rank))
-        own_ns = self._alone_ns(self._price(adamw(*adapter_sizes(context, x.task))))
-        if len(instance.devices) == 1:
-            return own_ns
-        norm = message("all_reduce", 4, (len(instance.devices),))
-        return own_ns + int(self.cost.link_latency(norm, self._slowest(instance.devices)).p50_ns)
+        parameters, tensors = adapter_sizes(context, x.task)
+        tp, pp, here = instance.layout.tp, instance.layout.pp, instance.devices.index(rank)
+        shards = [i for i in range(len(instance.devices)) if i // tp == here // tp]
+        replicas = [i for i in range(len(instance.devices)) if i % (tp * pp) == here % (tp * pp)]
+        replica = [i for i in range(len(instance.devices)) if i // (tp * pp) == here // (tp * pp)]
+        whole = 4 * replicated_parameters(context, x.task)
+        work_ns = self._alone_ns(self._price(adamw(parameters, tensors)))
+        for size_bytes, group in ((whole, shards), (4 * parameters, replicas), (4, replica)):
+            if size_bytes and len(group) > 1:
+                devices = [instance.devices[i] for i in group]
+                work_ns += self._over(message("all_reduce", size_bytes, (len(group),)), self._slowest(devices)).p50_ns
+        return work_ns
 
-    def _price(self, op: Op, instance: Instance | None = None, stage: int = 0) -> Any:
-        """Price of an operator; a collective is priced on the slowest link between the tp ranks of the stage."""
-        if op.family != "all_reduce":
-            return self.cost.latency(op, self.device)
-        assert instance is not None
-        group = [d for d in instance.devices if self._stage(instance, d) == stage]
-        return self.cost.link_latency(op, self._slowest(group))
+    def _price(self, op: Op, group: Sequence[int] = ()) -> Any:
+        """Price of an operator; a collective of a stage is priced on the slowest link between the devices of its group."""
+        if op.family in COLLECTIVES:
+            return self._over(op, self._slowest(group))
+        found = self.cost.latency(op, self.device)
+        self.priced_ns += found.p50_ns + found.host_ns
+        return found
+
+    def _over(self, op: Op, link: Link) -> Any:
+        found = self.cost.link_latency(op, link)
+        self.priced_ns += found.p50_ns + found.host_ns
+        return found
 
     def _alone_ns(self, price: Any) -> int:
         return int(price.p50_ns + price.host_ns if self.device.is_cpu else max(price.p50_ns, price.host_ns))

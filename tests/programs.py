@@ -19,6 +19,14 @@ from muxtune.spec.order import bucket_major
 from muxtune.spec.plan import Action, Bucket, Instance, Launch, LaunchList, Plan, StageOrder
 from muxtune.spec.program import Bound
 
+#: (pp, tp, dp, sequence parallel) on at most four devices.
+SHARES = (
+    *((pp, 1, 1, False) for pp in (1, 2, 3)),
+    *((pp, 2, 1, sp) for pp in (1, 2) for sp in (False, True)),
+    *((pp, 1, 2, False) for pp in (1, 2)),
+    (1, 2, 2, True),
+)
+
 #: One unit of one optimizer step: (step, bucket, unit).
 Work = tuple[int, int, int]
 
@@ -52,29 +60,24 @@ class Noise:
 @st.composite
 def programs(draw: st.DrawFn, make_workload: Any, make_state: Any, device: str = "") -> Bound:
     """A bound plan of one to three instances in sequence on the first devices of two nodes."""
-    made = [draw(_shares()) for _ in range(draw(st.integers(1, 3)))]
+    made = [draw(st.sampled_from(SHARES)) for _ in range(draw(st.integers(1, 3)))]
     samples = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
-    workload = make_workload(sum(tasks for tasks, _, _ in made), model="tiny-llama", samples=tuple(samples))
-    layers = draw(st.integers(max(pp for _, pp, _ in made), 3))
+    tasks = [draw(st.integers(1, 3)) for _ in made]
+    workload = make_workload(sum(tasks), model="tiny-llama", samples=tuple(samples))
+    layers = draw(st.integers(max(pp for pp, _, _, _ in made), 3))
     # tiny-llama has 3 kv heads, which two ranks cannot share.
     workload = dataclasses.replace(workload, model=dataclasses.replace(workload.model, kv_heads=2, layers=layers))
     cluster = device or draw(st.sampled_from(("2x2xcpu", "2x2xA100-ib", "4xA100-nvlink")))
     ids = [t.task_id for t in workload.tasks]
     steps = draw(st.integers(1, 2))
     instances: list[Instance] = []
-    for number, (tasks, pp, tp) in enumerate(made):
-        state = make_state(workload, pp=pp, tp=tp, microbatches=draw(st.integers(1, 3)), cluster=cluster)
-        instances.append(draw(_instances(state, f"i{number}", tuple(ids[:tasks]), steps)))
-        ids = ids[tasks:]
+    for number, ((pp, tp, dp, sp), count) in enumerate(zip(made, tasks, strict=True)):
+        parallel: dict[str, Any] = {"pp": pp, "tp": tp, "dp": dp, "sequence_parallel": sp}
+        state = make_state(workload, **parallel, microbatches=draw(st.integers(1, 3)), cluster=cluster)
+        instances.append(draw(_instances(state, f"i{number}", tuple(ids[:count]), steps)))
+        ids = ids[count:]
     plan = Plan(workload=workload, cluster=state.cluster, instances=tuple(instances))
     return bind(plan, seed=draw(st.integers(0, 99)), steps=steps * draw(st.integers(1, 2)))
-
-
-@st.composite
-def _shares(draw: st.DrawFn) -> tuple[int, int, int]:
-    """(tasks, stages, tp) of an instance on at most four devices."""
-    pp = draw(st.integers(1, 3))
-    return draw(st.integers(1, 3)), pp, draw(st.sampled_from((1, 2) if pp < 3 else (1,)))
 
 
 @st.composite
