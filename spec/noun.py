@@ -5,6 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import repeat
+from json.encoder import encode_basestring
+from operator import attrgetter
 from typing import Any, TypeVar, dataclass_transform
 
 T = TypeVar("T")
@@ -33,19 +39,82 @@ def plain(value: Any, drop: frozenset[str] = frozenset()) -> Any:
     return value if value is None or isinstance(value, (str, bool, int, float)) else value.item()
 
 
+def nouns(cls: type[T], count: int, **columns: Any) -> list[T]:
+    """Many nouns at once from one column a field: a list of `count` values, or anything else for a value they all share.
+
+    Several times faster than as many calls of the class. For nouns that check nothing when they are made; every field
+    must be given.
+    """
+    made = list(map(object.__new__, repeat(cls, count)))
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        column = columns.pop(field.name)
+        values: Any = column if isinstance(column, list) else repeat(column)
+        deque(map(getattr(cls, field.name).__set__, made, values), maxlen=0)
+    if columns or hasattr(cls, "__post_init__"):
+        raise TypeError(f"{cls.__name__}: {sorted(columns) or '__post_init__'} is not for nouns made in columns")
+    return made
+
+
 def canonical_bytes(value: Any) -> bytes:
-    """UTF-8 JSON with sorted keys and without provenance: equal nouns give equal bytes."""
-    body = _whole(plain(value, frozenset({PROVENANCE})))
-    return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    """UTF-8 JSON with sorted keys and without provenance: equal nouns give equal bytes.
+
+    Whole floats are written as integers: 10 and 10.0 are equal, and a float field may hold either (a file reads back
+    as 10.0). ValueError for NaN and infinities.
+    """
+    return _Writer().text(value).encode()
 
 
-def _whole(value: Any) -> Any:
-    """Whole floats as integers: 10 and 10.0 are equal, and a float field may hold either (a file reads back as 10.0)."""
-    if isinstance(value, dict):
-        return {k: _whole(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_whole(v) for v in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+class _Writer:
+    """Canonical text of one value; a noun that stands in it more than once (the same object) is written once."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, str] = {}
+
+    def text(self, value: Any) -> str:
+        """Compact JSON, text as it is."""
+        kind = type(value)
+        if kind is str:
+            return encode_basestring(value)
+        if kind is int:
+            return repr(value)
+        if value is None:
+            return "null"
+        if kind is tuple or kind is list:
+            return f"[{','.join(map(self.text, value))}]"
+        if hasattr(kind, "__dataclass_fields__"):
+            return self._noun(value, kind)
+        if isinstance(value, dict):
+            items = sorted((str(k), v) for k, v in value.items())
+            return f"{{{','.join(f'{encode_basestring(k)}:{self.text(v)}' for k, v in items)}}}"
+        if isinstance(value, (list, tuple)):
+            return self.text(list(value))
+        return _scalar(value)
+
+    def _noun(self, value: Any, kind: type) -> str:
+        found = self.known.get(id(value))
+        if found is None:
+            template, values_of = _template(kind)
+            found = self.known[id(value)] = template % tuple(map(self.text, values_of(value)))
+        return found
+
+
+@cache
+def _template(kind: type) -> tuple[str, Callable[[Any], Sequence[Any]]]:
+    """('{"a":%s,"b":%s}', the values of a and b) of a noun's class."""
+    names = sorted(f.name for f in dataclasses.fields(kind) if f.name != PROVENANCE)  # type: ignore[arg-type]
+    template = "{" + ",".join(f'"{name}":%s' for name in names) + "}"
+    if len(names) < 2:
+        return template, lambda value: [getattr(value, name) for name in names]
+    return template, attrgetter(*names)
+
+
+def _scalar(value: Any) -> str:
+    """None, a truth value, a number (numpy's included), or a subclass of one of them."""
+    if not (value is None or isinstance(value, (str, bool, int, float))):
+        value = value.item()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def digest(value: Any) -> str:
