@@ -14,6 +14,7 @@ from muxtune.spec.cluster import Cluster
 from muxtune.spec.errors import InputError, UnknownKeyError
 from muxtune.spec.files import read_noun
 from muxtune.spec.plan import Plan, Provenance
+from muxtune.spec.registry import parse_config, split_reference
 
 #: Told (label, done, total).
 Progress = Callable[[str, int, int], None]
@@ -35,16 +36,17 @@ def read_plan(path: Path) -> Plan:
 
 
 def load_cost(reference: str, cluster: Cluster, allow_extrapolation: bool = False) -> CostModel:
-    """A cost model by name, or a fitted table: its file, a profile folder, or the name of a folder of `profiles`.
+    """A cost model `NAME` or `NAME:key=value,…`, or a fitted table: its file, profile folder, or folder of `profiles`.
 
     Raises:
-        UnknownKeyError: neither a cost model nor a file or folder. InputError: a profile of another device.
+        UnknownKeyError: neither a cost model nor a file or folder, or no such option. InputError: a profile of another device.
     """
-    if reference in cost_models():
-        made = require_cost_model(reference)
+    name, options = split_reference(reference)
+    if name in cost_models():
+        made = require_cost_model(name)
         if issubclass(made, Table):
             raise InputError(f"--cost {reference}: needs a profile: give the folder that `muxtune profile --out` wrote")
-        model: CostModel = made()
+        model: CostModel = made(parse_config("cost model", name, made.Config, options)) if options else made()
         return model
     path = _costs_file(reference)
     return Table(read_noun(FittedTable, path), cluster.device, allow_extrapolation)

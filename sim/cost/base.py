@@ -110,8 +110,15 @@ def cost_models() -> dict[str, type[Any]]:
     return plugins("cost", Path(__file__).parent, "muxtune.sim.cost", CostBase)
 
 
+@noun
+class NoConfig:
+    """A cost model without options."""
+
+
 class CostBase:
-    """Marks the class of a cost-model file that the registry picks up."""
+    """Marks the class of a cost-model file that the registry picks up; `Config` has the options of `NAME:key=value,…`."""
+
+    Config: type[Any] = NoConfig
 
 
 def require_cost_model(key: str) -> type[Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from functools import cache
+from typing import get_args
 
+from muxtune.sim.cost._links import LINKED, Algorithm, link_ns, usual_link
 from muxtune.sim.cost.base import Cost, CostBase
-from muxtune.spec.cluster import LINKS, DeviceSpec, Link, device_presets, parse_cluster
-from muxtune.spec.errors import InputError
-from muxtune.spec.ops import COLLECTIVES, OVERHEADS, Op
+from muxtune.spec.cluster import DeviceSpec, Link
+from muxtune.spec.noun import noun
+from muxtune.spec.ops import OVERHEADS, Op
 from muxtune.spec.units import NS_PER_S
 
 #: Assumptions. Large GEMMs reach about this share of a data sheet's dense peak, streaming kernels of its bandwidth.
@@ -20,8 +21,17 @@ RELATIVE_ERROR = 0.5
 KERNELS = {("lora", "forward"): 2, ("lora", "weights"): 3, ("lora", "backward"): 4}
 #: Host work and measured remainders: a data sheet has no figure for them.
 UNPRICED = frozenset({"launch", "instruction", *OVERHEADS, "send", "recv"})
-#: Families that need a link.
-LINKED = frozenset({"p2p", *COLLECTIVES})
+
+
+@noun
+class RooflineConfig:
+    """`all_reduce`: a `ring`, a `tree`, or the `cheapest` of the two for its size."""
+
+    all_reduce: Algorithm = "cheapest"
+
+    def __post_init__(self) -> None:
+        if self.all_reduce not in get_args(Algorithm):
+            raise ValueError(f"all_reduce={self.all_reduce!r}: known are {list(get_args(Algorithm))}")
 
 
 class Roofline(CostBase):
@@ -30,8 +40,13 @@ class Roofline(CostBase):
     Operators that run beside each other (`share`) are priced as if alone.
     """
 
-    model_id = "roofline"
+    Config = RooflineConfig
     calibrated = False
+
+    def __init__(self, config: RooflineConfig | None = None) -> None:
+        self.config = config or RooflineConfig()
+        chosen = self.config.all_reduce
+        self.model_id = "roofline" if chosen == "cheapest" else f"roofline:all_reduce={chosen}"
 
     def latency(self, op: Op, device: DeviceSpec, share: tuple[Op, ...] = ()) -> Cost:
         """Device time, host time to issue the operator's kernels, and energy above idle."""
@@ -48,8 +63,12 @@ class Roofline(CostBase):
         )
 
     def link_latency(self, op: Op, link: Link) -> Cost:
-        """p2p: latency + bytes / bandwidth. Collectives: a ring of messages of bytes / n one after the other."""
-        return Cost(p50_ns=link_ns(op, link), relative_error=RELATIVE_ERROR)
+        """Time of a message: sim/cost/_links.py has the formulas.
+
+        Raises:
+            InputError: the operator is no message.
+        """
+        return Cost(p50_ns=link_ns(op, link, self.config.all_reduce), relative_error=RELATIVE_ERROR)
 
 
 def attainable_ns(op: Op, device: DeviceSpec) -> float:
@@ -72,26 +91,3 @@ def dynamic_joules(op: Op, device: DeviceSpec, p50_ns: int) -> float:
     compute = op.flops / (device.peak_flops(op.dtype) * seconds)
     memory = op.moved_bytes / (device.bandwidth_bytes_per_s * seconds)
     return min(1.0, max(compute, memory)) * (device.peak_w - device.idle_w) * seconds
-
-
-def link_ns(op: Op, link: Link) -> int:
-    """Time of a message over a link, at least 1 ns.
-
-    Raises:
-        InputError: the operator is no message.
-    """
-    if op.family not in LINKED:
-        raise InputError(f"operator {op.family!r} does not travel over a link: only {sorted(LINKED)} do")
-    transfer_ns = op.size[0] * NS_PER_S / link.bandwidth_bytes_per_s
-    if op.family == "p2p":
-        return max(1, link.latency_ns + math.ceil(transfer_ns))
-    ranks = op.shape[0]
-    # Round the ring: a reduce-scatter and an all-gather are n−1 messages of bytes / n, an all-reduce is both.
-    messages = (2 if op.family == "all_reduce" else 1) * (ranks - 1)
-    return max(1, messages * link.latency_ns + math.ceil(transfer_ns * messages / ranks))
-
-
-@cache
-def usual_link(device: DeviceSpec) -> Link:
-    """The link inside a node of this device, for callers that name none; PCIe for a device that is no preset."""
-    return parse_cluster(device.name).nodes[0].link if device.name in device_presets() else LINKS["pcie"]

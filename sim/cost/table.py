@@ -9,8 +9,9 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from muxtune.sim.cost._interpolate import Grid, Interpolant, Line, Size
+from muxtune.sim.cost._links import LINKED, link_ns, require_message
 from muxtune.sim.cost.base import Cost, CostBase
-from muxtune.sim.cost.roofline import LINKED, RELATIVE_ERROR, UNPRICED, dynamic_joules, issue_ns, link_ns
+from muxtune.sim.cost.roofline import RELATIVE_ERROR, UNPRICED, dynamic_joules, issue_ns
 from muxtune.spec import ops
 from muxtune.spec.cluster import DeviceSpec, Link
 from muxtune.spec.errors import ExtrapolationError, InputError
@@ -146,8 +147,7 @@ class Table(CostBase):
 
         Where no message of the family was measured, extrapolation prices it by the link's data sheet.
         """
-        if op.family not in LINKED:
-            raise InputError(f"operator {op.family!r} does not travel over a link: only {sorted(LINKED)} do")
+        require_message(op)
         if op.group not in self._curves and self.allow_extrapolation:
             return Cost(p50_ns=link_ns(op, link), relative_error=RELATIVE_ERROR, extrapolated=True)
         return self.latency(op, self.device)

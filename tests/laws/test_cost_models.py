@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from muxtune.policies.build import make_instance
+from muxtune.sim.cost._links import LINKED
 from muxtune.sim.cost.base import CostModel, batch_ops, cost_models, require_cost_model, stage_latency_ns
 from muxtune.sim.cost.roofline import Roofline
 from muxtune.sim.cost.table import Curve, Point, Table, fit_table
@@ -60,7 +61,7 @@ def catalogue() -> tuple[Op, ...]:
         for task in ("t0", "t1"):
             step = ops.adamw(*adapter_sizes(context, task))
             found.setdefault(step.group, step)
-    for family, shape in (("send", ()), ("recv", ()), ("p2p", ()), ("all_reduce", (2,))):
+    for family, shape in (("send", ()), ("recv", ()), ("p2p", ()), *((c, (2,)) for c in ops.COLLECTIVES)):
         found.setdefault(family, ops.message(family, 64, shape))
     return tuple(found.values())
 
@@ -119,7 +120,7 @@ def model(request: pytest.FixtureRequest) -> CostModel:
 
 
 def price(model: CostModel, op: Op, link: Link = LOCAL) -> Any:
-    return model.link_latency(op, link) if op.family in ("p2p", "all_reduce") else model.latency(op, CPU)
+    return model.link_latency(op, link) if op.family in LINKED else model.latency(op, CPU)
 
 
 def test_both_models_are_found_and_an_unknown_one_is_named() -> None:
@@ -139,7 +140,7 @@ def test_every_operator_has_a_sound_price(model: CostModel, op: Op) -> None:
     for size in sizes(op):
         found = price(model, resized(op, size))
         assert type(found.p50_ns) is int
-        assert found.p50_ns >= (1 if op.flops or op.family in ("p2p", "all_reduce") else 0)
+        assert found.p50_ns >= (1 if op.flops or op.family in LINKED else 0)
         assert found.host_ns == 0, "on a CPU host and compute are one resource"
         assert found.relative_error >= 0
         assert math.isfinite(found.relative_error)
