@@ -212,7 +212,10 @@ class _Pricing:
             group = [found.devices[i] for i in found.layout.stage_peers(here)]
             context = stage_context(self.plan, instance, found.layout.stage_of(here))
             link = slowest_link(self.plan, group) if len(group) > 1 else None
-            self.sites[rank, instance] = Site(context=context, device=self.device, link=link)
+            unfused = tuple(h for h, htask in enumerate(found.htasks) if not htask.fuse_adapters)
+            self.sites[rank, instance] = Site(
+                context=context, device=self.device, link=link, comm_ctas=found.comm_ctas, unfused=unfused
+            )
         return self.sites[rank, instance]
 
     def _launches(self, x: Instruction, stage: int) -> tuple[Launch, ...]:

@@ -34,11 +34,11 @@ directions = st.sampled_from(("forward", "backward"))
 
 def fixed(flops: int, moved_bytes: int) -> Op:
     return Op(
-        family="linear",
+        family="residual",
         direction="forward",
         dtype="fp16",
         size=(1,),
-        shape=(1, 1, 0),
+        shape=(1,),
         flops=flops,
         moved_bytes=moved_bytes,
     )
@@ -112,7 +112,7 @@ def test_small_all_reduces_are_trees_and_large_ones_rings() -> None:
 
 
 def test_only_messages_travel_over_links() -> None:
-    with pytest.raises(InputError, match="'linear' does not travel over a link"):
+    with pytest.raises(InputError, match="'residual' does not travel over a link"):
         Roofline().link_latency(fixed(1, 1), LINKS["ib"])
 
 
