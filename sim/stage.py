@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from muxtune.sim.cost.base import Cost, CostModel, CostSum, priced_groups, prices
+from muxtune.sim.cost.base import Cost, CostModel, CostSum, comm_load, priced_groups, prices
 from muxtune.sim.ledger import Ledger
 from muxtune.sim.streams import Block, StageEngine, StageSpan, exposed_ns, run_blocks
 from muxtune.spec.align import Batch
 from muxtune.spec.catalogue import StageContext
 from muxtune.spec.cluster import DeviceSpec, Link
 from muxtune.spec.noun import noun
-from muxtune.spec.ops import COLLECTIVES, Op, collective_load, host
+from muxtune.spec.ops import Op, host
 from muxtune.spec.plan import COMM_CTAS, Launch
 
 Way = Literal["forward", "backward"]
@@ -56,10 +56,8 @@ class Site:
 
     @property
     def load(self) -> tuple[Op, ...]:
-        """What runs beside compute while a collective runs; nothing on a CPU, where they take turns."""
-        if self.link is None or self.device.is_cpu or not self.comm_ctas:
-            return ()
-        return (collective_load(self.comm_ctas, self.link.bandwidth_bytes_per_s),)
+        """What runs beside compute while a collective runs."""
+        return comm_load(self.device, self.link, self.comm_ctas)
 
 
 def stage_run(
@@ -129,10 +127,8 @@ class _Pricing:
         )
 
     def _prices(self, launch: Launch, ops: Sequence[Op], share: tuple[Op, ...]) -> Iterator[tuple[str, Cost]]:
-        if any(op.family in COLLECTIVES for op in ops):
-            assert self.site.link is not None, "a collective needs a link between tp ranks"
-            return ((op.family, self.cost.link_latency(op, self.site.link)) for op in ops)
-        return prices(self.cost, self.site.device, ops, share, launch.htask not in self.site.unfused)
+        fuse = launch.htask not in self.site.unfused
+        return prices(self.cost, self.site.device, ops, link=self.site.link, share=share, fuse_adapters=fuse)
 
 
 def _slowing(alone: Sequence[Cost], shared: Sequence[Cost]) -> Cost:

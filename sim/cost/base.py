@@ -13,7 +13,8 @@ from muxtune.spec.catalogue import StageContext, Way, stage_ops, stage_subgraphs
 from muxtune.spec.cluster import DeviceSpec, Link
 from muxtune.spec.errors import UnknownKeyError
 from muxtune.spec.noun import noun
-from muxtune.spec.ops import ADAPTERS, Op, host
+from muxtune.spec.ops import ADAPTERS, COLLECTIVES, Op, collective_load, host
+from muxtune.spec.plan import COMM_CTAS
 from muxtune.spec.registry import plugins
 
 
@@ -100,14 +101,35 @@ def grouped(costs: Sequence[Cost]) -> Cost:
 
 
 def prices(
-    cost: CostModel, device: DeviceSpec, ops: Iterable[Op], share: tuple[Op, ...] = (), fuse_adapters: bool = True
+    cost: CostModel,
+    device: DeviceSpec,
+    ops: Iterable[Op],
+    *,
+    link: Link | None = None,
+    share: tuple[Op, ...] = (),
+    fuse_adapters: bool = True,
 ) -> Iterator[tuple[str, Cost]]:
-    """(family, cost) of operators run one after the other, `share` beside them; a BaseOp's adapters as one where fused."""
+    """(family, cost) of operators run one after the other, `share` beside them; a BaseOp's adapters as one where fused.
+
+    Collectives go over `link`, where none is given over the one that the cost model takes for the device.
+    """
     for key, run in groupby(ops, _base_op if fuse_adapters else lambda op: None):
-        if key is None:
-            yield from ((op.family, cost.latency(op, device, share)) for op in run)
-        else:
+        if key is not None:
             yield str(key[0]), grouped([cost.latency(op, device, share) for op in run])
+            continue
+        for op in run:
+            linked = link is not None and op.family in COLLECTIVES
+            yield op.family, cost.link_latency(op, link) if linked else cost.latency(op, device, share)  # type: ignore[arg-type]
+
+
+def comm_load(device: DeviceSpec, link: Link | None, ctas: int = COMM_CTAS) -> tuple[Op, ...]:
+    """What runs beside compute while a collective runs over a link; nothing on a CPU, where they take turns."""
+    return (collective_load(ctas, link.bandwidth_bytes_per_s),) if link and ctas and not device.is_cpu else ()
+
+
+def stream_ns(price: Cost, device: DeviceSpec) -> int:
+    """Stream time of an operator: on a CPU its host time counts as compute."""
+    return price.p50_ns + (price.host_ns if device.is_cpu else 0)
 
 
 def _base_op(op: Op) -> tuple[object, ...] | None:
@@ -115,12 +137,12 @@ def _base_op(op: Op) -> tuple[object, ...] | None:
     return (op.family, op.direction, op.dtype, op.shape[:2]) if op.family in ADAPTERS else None
 
 
-def total(cost: CostModel, device: DeviceSpec, ops: Iterable[Op]) -> CostSum:
+def total(cost: CostModel, device: DeviceSpec, ops: Iterable[Op], link: Link | None = None) -> CostSum:
     """Sum of the latencies of operators run one after the other, a BaseOp's adapters as one grouped operator."""
     p50_ns = host_ns = extrapolated_ns = 0
     joules = 0.0
     errors: dict[str, float] = {}
-    for family, price in prices(cost, device, ops):
+    for family, price in prices(cost, device, ops, link=link):
         p50_ns += price.p50_ns
         host_ns += price.host_ns
         joules += price.joules
@@ -164,13 +186,20 @@ def batch_ops(context: StageContext, batch: Batch, direction: Way, cost: CostMod
     return tuple(op for group in groups for op in (host("launch", direction), *group))
 
 
-def stage_latency_ns(cost: CostModel, device: DeviceSpec, context: StageContext, batch: Batch, direction: Way) -> int:
+def stage_latency_ns(
+    cost: CostModel,
+    device: DeviceSpec,
+    context: StageContext,
+    batch: Batch,
+    direction: Way,
+    link: Link | None = None,
+) -> int:
     """Time of one batch on one stage with nothing beside it (MuxTune Eq. 3 with measured directions).
 
     BaseOps one after the other on all tokens, and the adapters of each as one grouped operator.
     """
-    price = total(cost, device, batch_ops(context, batch, direction, cost))
-    return price.p50_ns + (price.host_ns if device.is_cpu else 0)
+    priced = prices(cost, device, batch_ops(context, batch, direction, cost), link=link)
+    return sum(stream_ns(price, device) for _, price in priced)
 
 
 def cost_models() -> dict[str, type[Any]]:
