@@ -15,7 +15,8 @@ from muxtune.sim.cost.base import Cost
 from muxtune.sim.pipeline import run_pipeline
 from muxtune.sim.priced import Channel, Priced, PricedProgram, PricedRank, RunTimes, alone_ns, price
 from muxtune.sim.recurrence import recur, recur_blocks
-from muxtune.sim.stage import StageCache, run_blocks
+from muxtune.sim.stage import StageCache
+from muxtune.sim.streams import run_blocks
 from muxtune.spec.align import ALIGNMENTS, Alignment
 from muxtune.spec.bind import bind, stage_orders
 from muxtune.spec.check import check

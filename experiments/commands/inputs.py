@@ -7,8 +7,10 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from muxtune.sim.cost.base import CostModel, cost_models, require_cost_model
+from muxtune.sim.cost.base import CostModel, WrapBase, cost_models, require_cost_model
+from muxtune.sim.cost.interference import CoRunGrid, Interference
 from muxtune.sim.cost.table import FittedTable, Table
 from muxtune.spec.cluster import Cluster
 from muxtune.spec.errors import InputError, UnknownKeyError
@@ -46,10 +48,20 @@ def load_cost(reference: str, cluster: Cluster, allow_extrapolation: bool = Fals
         made = require_cost_model(name)
         if issubclass(made, Table):
             raise InputError(f"--cost {reference}: needs a profile: give the folder that `muxtune profile --out` wrote")
-        model: CostModel = made(parse_config("cost model", name, made.Config, options)) if options else made()
-        return model
+        return _named(made, parse_config("cost model", name, made.Config, options), cluster, allow_extrapolation)
     path = _costs_file(reference)
     return Table(read_noun(FittedTable, path), cluster.device, allow_extrapolation)
+
+
+def _named(made: type[Any], config: Any, cluster: Cluster, allow_extrapolation: bool) -> CostModel:
+    """A cost model of this class, with the base and the co-run grid that its config names."""
+    parts: dict[str, Any] = {}
+    if issubclass(made, WrapBase):
+        parts["base"] = load_cost(config.base, cluster, allow_extrapolation)
+    if issubclass(made, Interference) and config.grid:
+        parts["grid"] = read_noun(CoRunGrid, Path(config.grid))
+    model: CostModel = made(config, **parts)
+    return model
 
 
 def _costs_file(reference: str) -> Path:

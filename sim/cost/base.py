@@ -218,6 +218,16 @@ class CostBase:
     Config: type[Any] = NoConfig
 
 
+class WrapBase(CostBase):
+    """A cost model that asks another about single operators; its `Config` names that one as `base`.
+
+    It is as calibrated as its base.
+    """
+
+    base: CostModel
+    calibrated = False
+
+
 def require_cost_model(key: str) -> type[Any]:
     """One cost-model class.
 
