@@ -21,6 +21,7 @@ from muxtune.sim.stage import Site, stage_run
 from muxtune.spec.check import check
 from muxtune.spec.clock import LaunchRule, Node, algorithm_1, clock_ns, critical_path, slowed_end_ns
 from muxtune.spec.cluster import DeviceSpec
+from muxtune.spec.errors import InputError
 from muxtune.spec.ops import Op
 from muxtune.spec.plan import COMM_CTAS
 
@@ -205,3 +206,20 @@ def test_the_stage_engine_agrees_to_the_nanosecond(priority: Any, ties: Any, tp:
             assert (found.slowed_ns > 0) == (comm_ctas > 0)
             if comm_ctas:
                 assert found.duration_ns == unit_ns(surrogate, groups, 0, 0, listing.direction)
+
+
+@pytest.mark.parametrize("options", ["priority=shallow", "priority=critical-path", "ties=earlier"])
+def test_priorities_are_options_of_muxtune(options: str, sharded: Any) -> None:
+    """Each rule's plan is valid, and no worse than serial execution."""
+    serial = make_policy("muxtune:fusion=false,orchestration=false", Roofline()).plan(sharded)
+    plan = make_policy(f"muxtune:fusion=false,{options}", Roofline()).plan(sharded)
+    assert any(b.launches for b in plan.instances[0].buckets)
+    assert options in plan.made_by.config
+    assert check(plan) == ()
+    assert estimate(plan, Roofline(), seed=0).iteration_ns < estimate(serial, Roofline(), seed=0).iteration_ns
+
+
+@pytest.mark.parametrize("option", ["priority=deep", "ties=random"])
+def test_unknown_priorities_are_named(option: str, sharded: Any) -> None:
+    with pytest.raises(InputError, match=r"known are \['"):
+        make_policy(f"muxtune:{option}", Roofline()).plan(sharded)
