@@ -56,7 +56,11 @@ Microbatches = Annotated[
 ]
 Cost = Annotated[
     str,
-    typer.Option("--cost", metavar="NAME|DIR|FILE", help="roofline, or a measured profile: its folder or costs.json."),
+    typer.Option(
+        "--cost",
+        metavar="NAME|DIR|FILE",
+        help="roofline, paper, interference (NAME:key=value,…), or a measured profile: its folder or costs.json.",
+    ),
 ]
 Extrapolate = Annotated[
     bool, typer.Option("--allow-extrapolation", help="Answer outside the measured range, and say how much rests on it.")

@@ -1,35 +1,13 @@
-"""Inside a clock: the order in which a bucket's subgraphs are launched (MuxTune Algorithm 1) and the time it takes."""
+"""Inside a clock: launch lists of a bucket by the rules of spec/clock.py, and the time of its clocks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from muxtune.policies.stage_latency import DIRECTIONS, Direction, Node
+from muxtune.policies.stage_latency import DIRECTIONS, Direction
 from muxtune.policies.surrogate import Surrogate
+from muxtune.spec.clock import clock_ns, launch_order
 from muxtune.spec.plan import Launch, LaunchList
-
-Chain = tuple[Node, ...]
-
-
-def algorithm_1(chains: Sequence[Chain]) -> tuple[tuple[int, int], ...]:
-    """(chain, depth) of each node in launch order: shallow first, then longest, ties to the earlier chain.
-
-    The subgraphs of an hTask form a chain, so the paper's queue of nodes without predecessors empties level by level.
-    """
-    nodes = [(depth, -node.compute_ns, c) for c, chain in enumerate(chains) for depth, node in enumerate(chain)]
-    return tuple((c, depth) for depth, _, c in sorted(nodes))
-
-
-def clock_ns(chains: Sequence[Chain], order: Sequence[tuple[int, int]]) -> int:
-    """Time of a clock: compute and collectives on a FIFO stream each, a chain's next node after its last collective."""
-    compute_free_ns = comm_free_ns = 0
-    ready_ns = [0] * len(chains)
-    for c, depth in order:
-        node = chains[c][depth]
-        ready_ns[c] = compute_free_ns = max(compute_free_ns, ready_ns[c]) + node.compute_ns
-        if node.collective:
-            ready_ns[c] = comm_free_ns = max(comm_free_ns, ready_ns[c]) + node.comm_ns
-    return max(ready_ns)
 
 
 def launch_lists(
@@ -41,7 +19,7 @@ def launch_lists(
             chains = [surrogate.latency.chain(stage, surrogate.shape(tasks), direction) for tasks in groups]
             launches: list[Launch] = []
             launched = [0] * len(chains)
-            for c, depth in algorithm_1(chains):
+            for c, depth in launch_order(chains, surrogate.rule):
                 for stream in ("compute", "comm") if chains[c][depth].collective else ("compute",):
                     launches.append(Launch(htask=htasks[c], subgraph=launched[c], stream=stream))  # type: ignore[arg-type]
                     launched[c] += 1
@@ -60,4 +38,4 @@ def unit_ns(
         return sum(surrogate.direction_ns(tasks, index, stage, direction) for tasks in groups)
     largest = [surrogate.latency.chain(stage, surrogate.shape(tasks), direction) for tasks in groups]
     chains = [surrogate.latency.chain(stage, surrogate.shape(tasks, index), direction) for tasks in groups]
-    return clock_ns(chains, algorithm_1(largest))
+    return clock_ns(chains, launch_order(largest, surrogate.rule))

@@ -12,6 +12,7 @@ from muxtune.policies.launches import launch_lists
 from muxtune.policies.surrogate import Partition, Surrogate, value_ns
 from muxtune.policies.template import schedule
 from muxtune.spec.align import ALIGNMENTS, Alignment
+from muxtune.spec.clock import LaunchRule, Priority, Ties
 from muxtune.spec.noun import noun
 from muxtune.spec.plan import Bucket, Instance, Plan, SolverRecord
 
@@ -24,18 +25,25 @@ class MuxTuneConfig:
 
     `charge`: what an extra hTask costs in the DP; `paper` is L/S (Eq. 6), `exact` is 2C·max_s L^s beside the largest
     warm-up. `fusion` off: one hTask a task. `orchestration` off: one bucket an hTask, in the DP's order, plain 1F1B.
+    `priority` and `ties` order the launches inside a clock (spec/clock.py): Algorithm 1, or the critical path.
     """
 
     fusion: bool = True
     charge: Charge = "paper"
     alignment: Alignment = "pad"
     orchestration: bool = True
+    priority: Priority = "shallow"
+    ties: Ties = "longest"
 
     def __post_init__(self) -> None:
         if self.charge not in get_args(Charge):
             raise ValueError(f"charge={self.charge!r}: known are {list(get_args(Charge))}")
         if self.alignment not in ALIGNMENTS:
             raise ValueError(f"alignment={self.alignment!r}: known are {list(ALIGNMENTS)}")
+        if self.priority not in get_args(Priority):
+            raise ValueError(f"priority={self.priority!r}: known are {list(get_args(Priority))}")
+        if self.ties not in get_args(Ties):
+            raise ValueError(f"ties={self.ties!r}: known are {list(get_args(Ties))}")
 
 
 class MuxTune(Policy):
@@ -52,7 +60,8 @@ class MuxTune(Policy):
             InfeasibleError: a task alone does not fit, or (orchestration off) the units in flight do not.
             ExtrapolationError: the cost model does not answer for a task alone.
         """
-        surrogate = Surrogate(self.cost, state, self.config.alignment)
+        rule = LaunchRule(priority=self.config.priority, ties=self.config.ties)
+        surrogate = Surrogate(self.cost, state, self.config.alignment, rule)
         surrogate.require_single_tasks()
         groups = self._fuse(surrogate)
         fused = ("contiguous-dp", f"exact for its recurrence (charge {self.config.charge})")

@@ -1,4 +1,4 @@
-"""Stage latency of an hTask (MuxTune Eq. 3): frozen operators on all tokens plus each task's adapters on its own.
+"""Stage latency of an hTask (MuxTune Eq. 3): frozen operators on all tokens plus the grouped adapters of each BaseOp.
 
 Equal to `stage_latency_ns` of the batch, but layers are priced once and sums are shared between hTasks, so that a
 planner can price thousands of them.
@@ -11,20 +11,22 @@ from dataclasses import replace
 from typing import Literal
 
 from muxtune.policies.build import planning_row
-from muxtune.sim.cost.base import CostModel, batch_ops
+from muxtune.sim.cost.base import Cost, CostModel, batch_ops, comm_load, grouped, priced_groups, prices, stream_ns
 from muxtune.spec import ops
 from muxtune.spec.align import Batch
-from muxtune.spec.catalogue import StageContext, stage_subgraphs, subgraph_ops
-from muxtune.spec.cluster import DeviceSpec
+from muxtune.spec.catalogue import StageContext, stage_subgraphs
+from muxtune.spec.clock import Chain, Node
+from muxtune.spec.cluster import Cluster, Link, slowest
 from muxtune.spec.layout import Layout
 from muxtune.spec.noun import noun
-from muxtune.spec.ops import Op, host
+from muxtune.spec.ops import ADAPTERS, Op, host
 from muxtune.spec.peft import TARGETS, PeftSpec
 from muxtune.spec.task import Workload
 
 Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, Direction] = ("forward", "backward")
 Runs = tuple[tuple[int, int], ...]
+TargetCosts = tuple[tuple[str, Cost], ...]
 
 
 @noun
@@ -59,15 +61,6 @@ class Shape:
         return Batch(htask=0, rows=tuple(rows))
 
 
-@noun
-class Node:
-    """A compute subgraph with the collective appended to it (§3.4.2); `collective` says whether there is one."""
-
-    compute_ns: int
-    collective: bool = False
-    comm_ns: int = 0
-
-
 def thin_context(context: StageContext, layers: int) -> StageContext:
     """The same stage in a model where each stage has this many layers; all but a stage's first layer are alike."""
     return replace(context, layout=replace(context.layout, layers_per_stage=(layers,) * context.layout.pp))
@@ -78,53 +71,69 @@ def stage_kind(context: StageContext) -> tuple[bool, bool]:
     return context.layout.is_first(context.stage), context.layout.is_last(context.stage)
 
 
+def shard_link(cluster: Cluster, layout: Layout) -> Link | None:
+    """The slowest link inside a tp group of an instance on the first devices; None where nothing is sharded."""
+    if layout.tp == 1:
+        return None
+    return slowest(cluster.slowest_link(layout.stage_peers(rank)) for rank in range(layout.ranks))
+
+
 class StageLatency:
     """Prices micro-batches on every stage of a layout; every partial sum is remembered."""
 
-    def __init__(
-        self, cost: CostModel, device: DeviceSpec, workload: Workload, contexts: Sequence[StageContext]
-    ) -> None:
-        self.cost, self.device, self.element_bytes = cost, device, workload.model.element_bytes
+    def __init__(self, cost: CostModel, cluster: Cluster, workload: Workload, contexts: Sequence[StageContext]) -> None:
+        self.cost, self.device, self.element_bytes = cost, cluster.device, workload.model.element_bytes
+        self.link = shard_link(cluster, contexts[0].layout)
+        self.load = comm_load(self.device, self.link)
         self.contexts = tuple(contexts)
         self.layout = layout = contexts[0].layout
         self.thin = tuple(thin_context(c, 1) for c in contexts)
         self.two_layers = thin_context(contexts[0], 2)
         two_stages: Layout = replace(layout, pp=2, layers_per_stage=(1, 1))
         self.edge, self.inner = (replace(contexts[0], layout=two_stages, stage=s) for s in (0, 1))
-        self.adapter_families = {t.peft.operator()[0] for t in workload.tasks}
         self.first_target = {t.task_id: min(map(TARGETS.index, t.peft.targets)) for t in workload.tasks}
         self.op_ns: dict[Op, int] = {}
         self.frozen: dict[tuple[int, Runs, int, Direction], tuple[int, ...]] = {}
-        self.adapter: dict[tuple[PeftSpec, int, Direction], tuple[int, int]] = {}
-        self.chains: dict[tuple[int, Shape, Direction], tuple[Node, ...]] = {}
+        self.adapter: dict[tuple[PeftSpec, int, Direction], tuple[TargetCosts, TargetCosts]] = {}
+        self.chains: dict[tuple[int, Shape, Direction], Chain] = {}
 
     def latency_ns(self, shape: Shape, direction: Direction) -> tuple[int, ...]:
         """Time of a micro-batch on each stage, nothing beside it; a CPU's host time counts as compute."""
         lead = min((task for task, _, _ in shape.parts), key=lambda task: self.first_target[task])
         stages = list(self._frozen_ns(lead, shape.tokens, shape.runs(), direction))
+        first_layer: dict[str, list[Cost]] = {}
+        layer: dict[str, list[Cost]] = {}
         for task, rows, length in shape.parts:
-            first_layer, layer = self._adapter_ns(task, rows * length, direction)
-            for stage, layers in enumerate(self.layout.layers_per_stage):
-                stages[stage] += layers * layer
+            edge, inner = self._adapter_costs(task, rows * length, direction)
             # Above the first adapted BaseOp of stage 0 no gradient flows: its adapters have weight gradients only.
-            if self.first_target[task] == self.first_target[lead]:
-                stages[0] += first_layer - layer
+            foremost = edge if self.first_target[task] == self.first_target[lead] else inner
+            for found, costs in ((first_layer, foremost), (layer, inner)):
+                for target, cost in costs:
+                    found.setdefault(target, []).append(cost)
+        first_ns, layer_ns = (sum(stream_ns(grouped(c), self.device) for c in x.values()) for x in (first_layer, layer))
+        for stage, layers in enumerate(self.layout.layers_per_stage):
+            stages[stage] += layers * layer_ns
+        stages[0] += first_ns - layer_ns
         return tuple(stages)
 
-    def chain(self, stage: int, shape: Shape, direction: Direction) -> tuple[Node, ...]:
+    def chain(self, stage: int, shape: Shape, direction: Direction) -> Chain:
         """What a micro-batch launches on a stage, in order: compute subgraphs, each with its collective."""
         key = (stage, shape, direction)
         if key not in self.chains:
             nodes: list[Node] = []
-            groups = subgraph_ops(self.contexts[stage], shape.row_batch(), direction)
+            groups = priced_groups(self.cost, self.contexts[stage], shape.row_batch(), direction)
             for subgraph, group in zip(stage_subgraphs(self.layout, stage, direction), groups, strict=True):
-                price_ns = sum(map(self._op_ns, (host("launch", direction), *group)))
+                ops = (host("launch", direction), *group)
                 if subgraph.kind == "collective":
-                    nodes[-1] = replace(nodes[-1], collective=True, comm_ns=price_ns)
+                    nodes[-1] = replace(nodes[-1], collective=True, comm_ns=self._sum_ns(ops))
                 else:
-                    nodes.append(Node(compute_ns=price_ns))
+                    nodes.append(Node(compute_ns=self._sum_ns(ops), shared_ns=self._sum_ns(ops, self.load)))
             self.chains[key] = tuple(nodes)
         return self.chains[key]
+
+    def _sum_ns(self, ops: Sequence[Op], share: tuple[Op, ...] = ()) -> int:
+        priced = prices(self.cost, self.device, ops, link=self.link, share=share)
+        return sum(stream_ns(price, self.device) for _, price in priced)
 
     def _frozen_ns(self, lead: str, tokens: int, runs: Runs, direction: Direction) -> tuple[int, ...]:
         """Backbone, launches and collectives on each stage; `lead` adapts the hTask's earliest BaseOp."""
@@ -142,23 +151,26 @@ class StageLatency:
         for op in self._ops(context, lead, tokens, direction):
             if op.family == "attention":
                 total += sum(self._op_ns(self._attention(op, rows, length)) for rows, length in runs)
-            elif op.family not in self.adapter_families:
+            elif op.family not in ADAPTERS:
                 total += self._op_ns(op)
         return total
 
-    def _adapter_ns(self, task: str, tokens: int, direction: Direction) -> tuple[int, int]:
-        """(in the first layer of stage 0 where it comes first, in any other layer)."""
-        key = (self.inner.peft(task), tokens, direction)
+    def _adapter_costs(self, task: str, tokens: int, direction: Direction) -> tuple[TargetCosts, TargetCosts]:
+        """Cost on each target (in the first layer of stage 0 where it comes first, in any other layer)."""
+        peft = self.inner.peft(task)
+        key = (peft, tokens, direction)
         if key not in self.adapter:
-            sums = []
+            targets = sorted(peft.targets, key=TARGETS.index, reverse=direction == "backward")
+            found = []
             for context in (self.edge, self.inner):
-                mine = (op for op in self._ops(context, task, tokens, direction) if op.family in self.adapter_families)
-                sums.append(sum(map(self._op_ns, mine)))
-            self.adapter[key] = (sums[0], sums[1])
+                mine = [op for op in self._ops(context, task, tokens, direction) if op.family in ADAPTERS]
+                costs = [self.cost.latency(op, self.device) for op in mine]
+                found.append(tuple(zip(targets, costs, strict=True)))
+            self.adapter[key] = (found[0], found[1])
         return self.adapter[key]
 
     def _ops(self, context: StageContext, task: str, tokens: int, direction: Direction) -> Iterator[Op]:
-        yield from batch_ops(context, Batch(htask=0, rows=(planning_row(task, 0, tokens),)), direction)
+        yield from batch_ops(context, Batch(htask=0, rows=(planning_row(task, 0, tokens),)), direction, self.cost)
 
     def _attention(self, op: Op, rows: int, length: int) -> Op:
         heads = (op.shape[0], op.shape[1], op.shape[2])
@@ -166,6 +178,5 @@ class StageLatency:
 
     def _op_ns(self, op: Op) -> int:
         if op not in self.op_ns:
-            price = self.cost.latency(op, self.device)
-            self.op_ns[op] = price.p50_ns + (price.host_ns if self.device.is_cpu else 0)
+            self.op_ns[op] = self._sum_ns((op,))
         return self.op_ns[op]

@@ -14,6 +14,7 @@ from muxtune.policies.build import mean_length, microbatch_samples, stage_contex
 from muxtune.policies.stage_latency import Direction, Shape, StageLatency
 from muxtune.sim.cost.base import CostModel
 from muxtune.spec.align import Alignment
+from muxtune.spec.clock import LaunchRule
 from muxtune.spec.errors import ExtrapolationError, InfeasibleError
 from muxtune.spec.footprint import amount, rounded_bytes
 from muxtune.spec.memory import stage_static_bytes
@@ -73,13 +74,18 @@ def value_ns(objective: Objective, groups: Sequence[tuple[str, ...]]) -> int:
 
 
 class Surrogate:
-    """Latency and memory of candidate hTasks of one state; every answer is remembered."""
+    """Latency and memory of candidate hTasks of one state; every answer is remembered.
 
-    def __init__(self, cost: CostModel, state: SystemState, alignment: Alignment) -> None:
-        self.state, self.alignment = state, alignment
+    `rule` orders the launches of hTasks that share a clock.
+    """
+
+    def __init__(
+        self, cost: CostModel, state: SystemState, alignment: Alignment, rule: LaunchRule | None = None
+    ) -> None:
+        self.state, self.alignment, self.rule = state, alignment, rule or LaunchRule()
         self.contexts = stage_contexts(state.workload, state.layout)
         self.device = state.cluster.device
-        self.latency = StageLatency(cost, state.cluster.device, state.workload, self.contexts)
+        self.latency = StageLatency(cost, state.cluster, state.workload, self.contexts)
         self.tasks = {t.task_id: t for t in state.workload.tasks}
         self.mean_tokens = {t: mean_length(state.workload, t) for t in self.tasks} if alignment == "varlen" else {}
         everyone = tuple(self.tasks)

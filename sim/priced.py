@@ -14,7 +14,7 @@ from muxtune.spec.errors import PlanError
 from muxtune.spec.memory import stage_context
 from muxtune.spec.noun import noun
 from muxtune.spec.ops import Op, adamw, host, message
-from muxtune.spec.plan import Instance, Launch, Plan
+from muxtune.spec.plan import Instance, Launch
 from muxtune.spec.program import Bound, Instruction, OpName, RankProgram, UnitKey
 
 #: Gradients and their norm are fp32.
@@ -187,7 +187,7 @@ class _Pricing:
         """An all-reduce over some ranks of an instance; nothing for one rank or no bytes."""
         if len(group) == 1 or not size_bytes:
             return 0
-        link = slowest_link(self.plan, [instance.devices[i] for i in group])
+        link = self.plan.cluster.slowest_link([instance.devices[i] for i in group])
         found = self.cost.link_latency(message("all_reduce", size_bytes, (len(group),)), link)
         self.ledger.add("all_reduce", found)
         return found.p50_ns
@@ -211,8 +211,11 @@ class _Pricing:
             here = found.devices.index(rank)
             group = [found.devices[i] for i in found.layout.stage_peers(here)]
             context = stage_context(self.plan, instance, found.layout.stage_of(here))
-            link = slowest_link(self.plan, group) if len(group) > 1 else None
-            self.sites[rank, instance] = Site(context=context, device=self.device, link=link)
+            link = self.plan.cluster.slowest_link(group) if len(group) > 1 else None
+            unfused = tuple(h for h, htask in enumerate(found.htasks) if not htask.fuse_adapters)
+            self.sites[rank, instance] = Site(
+                context=context, device=self.device, link=link, comm_ctas=found.comm_ctas, unfused=unfused
+            )
         return self.sites[rank, instance]
 
     def _launches(self, x: Instruction, stage: int) -> tuple[Launch, ...]:
@@ -227,12 +230,6 @@ class _Pricing:
 def alone_ns(cost: Cost, device: DeviceSpec) -> int:
     """Time of one operator with nothing beside it: host and device one after the other on a CPU, side by side else."""
     return cost.p50_ns + cost.host_ns if device.is_cpu else max(cost.p50_ns, cost.host_ns)
-
-
-def slowest_link(plan: Plan, devices: Sequence[int]) -> Link:
-    """The link between two of the devices that a ring over them waits for: least bandwidth, then most latency."""
-    links = [plan.cluster.link(a, b) for a in devices for b in devices if a != b]
-    return min(links, key=lambda x: (x.bandwidth_bytes_per_s, -x.latency_ns))
 
 
 def _require_one_order(ranks: Sequence[RankProgram]) -> None:

@@ -6,23 +6,65 @@ Equal to the SimPy engines to the nanosecond, which a test says.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from muxtune.sim.priced import Priced, PricedProgram, RunTimes, deadlock
-from muxtune.sim.stage import Block, StageSpan, span_of
+from muxtune.sim.streams import Block, StageSpan, Turn, previous_blocks, span_of, turn_of
+from muxtune.spec.clock import slowed_end_ns
 
 
 def recur_blocks(blocks: Sequence[Block]) -> tuple[tuple[StageSpan, ...], int]:
     """Spans of the launches of one clock, in launch order, and 0 events."""
-    host_ns = 0
-    free_ns = {"compute": 0, "comm": 0}
-    ready_ns: dict[int, int] = {}
-    spans: list[StageSpan] = []
-    for block in blocks:
-        span = span_of(block, host_ns, free_ns[block.resource], ready_ns.get(block.htask, 0))
-        free_ns[block.resource] = ready_ns[block.htask] = span.end_ns
-        host_ns += block.host_ns
-        spans.append(span)
-    return tuple(spans), 0
+    state = _StageRecurrence(blocks)
+    for index, block in enumerate(blocks):
+        if block.resource == "compute":
+            state.collectives_that_can_start()
+            state.compute(index)
+    state.collectives_that_can_start()
+    return tuple(state.spans[i] for i in range(len(blocks))), 0
+
+
+class _StageRecurrence:
+    """One clock: compute blocks in launch order, each after all collectives that could run beside it.
+
+    A collective whose input is not there when a compute block starts waits for that block or a later one.
+    """
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.blocks = blocks
+        self.previous = previous_blocks(blocks)
+        self.begin_ns = list(accumulate((b.host_ns for b in blocks), initial=0))
+        self.free_ns = {"compute": 0, "comm": 0}
+        self.waiting = [i for i, b in enumerate(blocks) if b.resource == "comm"][::-1]
+        self.collectives: list[tuple[int, int]] = []
+        self.spans: dict[int, StageSpan] = {}
+
+    def compute(self, index: int) -> None:
+        """Run the next compute block."""
+        turn = self._turn(index)
+        end_ns = slowed_end_ns(turn.start_ns, turn.alone_ns, turn.shared_ns, self.collectives)
+        self._close(index, turn, end_ns)
+
+    def collectives_that_can_start(self) -> None:
+        """Run collectives in order up to one whose input is missing."""
+        while self.waiting and self._has_input(self.waiting[-1]):
+            index = self.waiting.pop()
+            turn = self._turn(index)
+            self.collectives.append((turn.start_ns, turn.start_ns + turn.alone_ns))
+            self._close(index, turn, self.collectives[-1][1])
+
+    def _has_input(self, index: int) -> bool:
+        previous = self.previous[index]
+        return previous is None or previous in self.spans
+
+    def _turn(self, index: int) -> Turn:
+        block, previous = self.blocks[index], self.previous[index]
+        ready_ns = 0 if previous is None else self.spans[previous].end_ns
+        return turn_of(block, self.begin_ns[index], self.free_ns[block.resource], ready_ns)
+
+    def _close(self, index: int, turn: Turn, end_ns: int) -> None:
+        self.free_ns[self.blocks[index].resource] = end_ns
+        self.spans[index] = span_of(self.blocks[index], turn, end_ns)
 
 
 def recur(priced: PricedProgram) -> RunTimes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -98,6 +99,15 @@ class Cluster:
         """The channel from one device to another."""
         node = self.node_of(source)
         return self.nodes[node].link if node == self.node_of(target) else self.network
+
+    def slowest_link(self, devices: Sequence[int]) -> Link:
+        """The link between two of the devices that a collective over them waits for."""
+        return slowest(self.link(a, b) for a in devices for b in devices if a != b)
+
+
+def slowest(links: Iterable[Link]) -> Link:
+    """Least bandwidth, then most latency."""
+    return min(links, key=lambda x: (x.bandwidth_bytes_per_s, -x.latency_ns))
 
 
 @cache

@@ -20,6 +20,8 @@ class Family:
 
 #: Collectives over the ranks of a group; `bytes` are those of the whole tensor.
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")
+#: What hangs on a BaseOp; those of one BaseOp may run as one grouped operator.
+ADAPTERS = frozenset({"lora"})
 #: Measured remainders: what a block or a stage costs beyond its operators.
 OVERHEADS = ("attention_overhead", "mlp_overhead", "stage_overhead")
 
@@ -47,6 +49,7 @@ FAMILIES: dict[str, Family] = {
     "reduce_scatter": Family(size=("bytes",), shape=("ranks",)),
     "all_gather": Family(size=("bytes",), shape=("ranks",)),
     "p2p": Family(size=("bytes",), shape=()),
+    "collective_load": Family(size=("ctas",), shape=("link_bytes_per_s",)),
     "send": Family(size=("bytes",), shape=()),
     "recv": Family(size=("bytes",), shape=()),
 }
@@ -172,6 +175,19 @@ def message(family: str, size_bytes: int, shape: tuple[int, ...] = (), direction
         shape=shape,
         flops=0,
         moved_bytes=size_bytes,
+    )
+
+
+def collective_load(ctas: int, link_bytes_per_s: int) -> Op:
+    """What a collective takes from operators beside it while it runs: CTAs and memory traffic (see `CostModel.latency`)."""
+    return Op(
+        family="collective_load",
+        direction="forward",
+        dtype="bytes",
+        size=(ctas,),
+        shape=(link_bytes_per_s,),
+        flops=0,
+        moved_bytes=0,
     )
 
 

@@ -13,6 +13,9 @@ from muxtune.spec.task import Workload
 
 PLAN_VERSION = 1
 
+#: CTAs (thread blocks, one an SM) that a collective holds: enough for full overlap in the paper's setting (MuxTune §3.4.3).
+COMM_CTAS = 8
+
 OrderKey = tuple[int, int]
 
 
@@ -104,7 +107,8 @@ class Instance:
     feed into stage orders (`1f1b`, `gpipe`: no cost needed) or is `explicit`, with `orders` for every stage. A task steps
     after its last backward unless an explicit order places its step. `steps` counts the optimizer steps that an explicit
     order covers. With dp replicas, unit u of every bucket is computed by replica u mod dp: each replica runs its own units in
-    the order given here, and adapters' gradients are summed over the replicas before a step.
+    the order given here, and adapters' gradients are summed over the replicas before a step. `comm_ctas` are
+    held by each running collective and slow the compute beside it (0: not at all).
     """
 
     name: str
@@ -117,8 +121,11 @@ class Instance:
     feed: tuple[OrderKey, ...] = ()
     orders: tuple[StageOrder, ...] = ()
     steps: int = 1
+    comm_ctas: int = COMM_CTAS
 
     def __post_init__(self) -> None:
+        if self.comm_ctas < 0:
+            raise ValueError(f"comm_ctas={self.comm_ctas}: must be at least 0")
         if (self.order == "explicit") != bool(self.orders):
             raise ValueError(
                 f"order={self.order!r} with {len(self.orders)} stage orders: only `explicit` has them, one a stage"

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from muxtune.sim.cost._links import usual_link
 from muxtune.sim.cost.base import CostModel
-from muxtune.sim.cost.roofline import Roofline, usual_link
+from muxtune.sim.cost.roofline import Roofline, RooflineConfig
 from muxtune.spec import ops
 from muxtune.spec.cluster import LINKS, DeviceSpec, device_presets
 from muxtune.spec.errors import InputError
@@ -33,11 +34,11 @@ directions = st.sampled_from(("forward", "backward"))
 
 def fixed(flops: int, moved_bytes: int) -> Op:
     return Op(
-        family="linear",
+        family="residual",
         direction="forward",
         dtype="fp16",
         size=(1,),
-        shape=(1, 1, 0),
+        shape=(1,),
         flops=flops,
         moved_bytes=moved_bytes,
     )
@@ -87,8 +88,31 @@ def test_ring_and_p2p_by_hand() -> None:
     assert Roofline().link_latency(ops.message("all_reduce", 4, (2,)), link).p50_ns == 2 * 15_000 + 1
 
 
+def test_halves_of_a_ring_by_hand() -> None:
+    link = LINKS["ib"]
+    for family in ("reduce_scatter", "all_gather"):
+        half = Roofline().link_latency(ops.message(family, 125_000_000, (4,)), link)
+        assert half.p50_ns == 3 * 15_000 + 7_500_000
+
+
+def test_small_all_reduces_are_trees_and_large_ones_rings() -> None:
+    link = LINKS["ib"]
+    ring, tree = (Roofline(RooflineConfig(all_reduce=a)) for a in ("ring", "tree"))  # type: ignore[arg-type]
+    assert (ring.model_id, tree.model_id) == ("roofline:all_reduce=ring", "roofline:all_reduce=tree")
+    for size_bytes, ring_ns, tree_ns in (
+        (12_500, 14 * 15_000 + 1_750, 6 * 15_000 + 2_000),
+        (12_500_000, 14 * 15_000 + 1_750_000, 6 * 15_000 + 2_000_000),
+    ):
+        op = ops.message("all_reduce", size_bytes, (8,))
+        assert ring.link_latency(op, link).p50_ns == ring_ns
+        assert tree.link_latency(op, link).p50_ns == tree_ns
+        assert Roofline().link_latency(op, link).p50_ns == min(ring_ns, tree_ns)
+    with pytest.raises(ValueError, match="all_reduce='star'"):
+        RooflineConfig(all_reduce="star")  # type: ignore[arg-type]
+
+
 def test_only_messages_travel_over_links() -> None:
-    with pytest.raises(InputError, match="'linear' does not travel over a link"):
+    with pytest.raises(InputError, match="'residual' does not travel over a link"):
         Roofline().link_latency(fixed(1, 1), LINKS["ib"])
 
 

@@ -36,7 +36,7 @@ class Uneven:
 
     def latency(self, op: Op, device: DeviceSpec, share: tuple[Op, ...] = ()) -> Cost:
         price = isqrt(op.flops + op.moved_bytes) + len(op.family) + 3 * len(op.direction) + sum(op.size)
-        return Cost(p50_ns=price, host_ns=7)
+        return Cost(p50_ns=price * (3 if share else 2) // 2, host_ns=7, utilisation=0.2 + price % 7 / 10)
 
     def link_latency(self, op: Op, link: Link) -> Cost:
         return Cost(p50_ns=1)
@@ -83,7 +83,9 @@ def test_latency_equals_the_sum_over_operators(
     assert found is not None
     for stage, context in enumerate(surrogate.contexts):
         for direction, mine in (("forward", found.forward_ns), ("backward", found.backward_ns)):
-            assert mine[stage] == stage_latency_ns(Uneven(), state.cluster.device, context, batch, direction)  # type: ignore[arg-type]
+            link = state.cluster.slowest_link(range(shape[0])) if shape[0] > 1 else None
+            cost, device = Uneven(), state.cluster.device
+            assert mine[stage] == stage_latency_ns(cost, device, context, batch, direction, link)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("pp", [1, 2, 4])

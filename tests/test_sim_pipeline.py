@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from muxtune.policies.build import make_instance
 from muxtune.sim.cost.base import Cost
 from muxtune.sim.pipeline import run_pipeline
-from muxtune.sim.priced import Channel, Priced, PricedProgram, PricedRank, RunTimes, alone_ns, price, slowest_link
+from muxtune.sim.priced import Channel, Priced, PricedProgram, PricedRank, RunTimes, alone_ns, price
 from muxtune.sim.recurrence import recur, recur_blocks
-from muxtune.sim.stage import StageCache, run_blocks
+from muxtune.sim.stage import StageCache
+from muxtune.sim.streams import run_blocks
 from muxtune.spec.align import ALIGNMENTS, Alignment
 from muxtune.spec.bind import bind, stage_orders
 from muxtune.spec.check import check
@@ -386,8 +387,8 @@ def test_an_operator_alone_takes_host_and_device_in_turn_on_a_cpu_and_side_by_si
 
 def test_rings_wait_for_their_slowest_link(tiny_workload: Any) -> None:
     plan = Plan(workload=tiny_workload(1), cluster=parse_cluster("2x4xA100-ib"), instances=())
-    assert slowest_link(plan, [0, 1]).kind == "nvlink"
-    assert slowest_link(plan, [0, 1, 4]).kind == "ib"
+    assert plan.cluster.slowest_link([0, 1]).kind == "nvlink"
+    assert plan.cluster.slowest_link([0, 1, 4]).kind == "ib"
 
 
 def test_messages_cross_the_link_between_their_ranks(tiny_workload: Any, tiny_state: Any) -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from muxtune.sim.cost.base import Cost
 from muxtune.sim.cost.roofline import Roofline
 from muxtune.sim.recurrence import recur_blocks
-from muxtune.sim.stage import Block, Site, StageCache, StreamName, Way, run_blocks, stage_run
+from muxtune.sim.stage import Site, StageCache, Way, stage_run
+from muxtune.sim.streams import Block, StreamName, run_blocks
 from muxtune.spec.align import Batch, Row
 from muxtune.spec.catalogue import StageContext, stage_subgraphs, subgraph_ops
 from muxtune.spec.cluster import LINKS, DeviceSpec, Link, device_presets
@@ -37,6 +38,7 @@ def block(
     host_ns: int = 0,
     first_ns: int | None = None,
     subgraph: int = 0,
+    shared_ns: int = 0,
 ) -> Block:
     first = host_ns if first_ns is None else first_ns
     return Block(
@@ -48,6 +50,8 @@ def block(
         host_ns=host_ns,
         device_ns=device_ns,
         tail_ns=max(host_ns, first + device_ns),
+        shared_ns=shared_ns,
+        shared_tail_ns=max(host_ns, first + shared_ns),
     )
 
 
@@ -93,9 +97,51 @@ def test_a_subgraph_starts_with_its_first_kernel_not_its_last() -> None:
     assert times([one]) == [(10, 110)]
 
 
+def test_compute_under_a_collective_is_slowed_where_it_overlaps() -> None:
+    # hTask 1 computes 6 alone, 9 under a collective. The collective (10-16) covers 6/9 of it; the last third takes 2.
+    launches = [block(0, 10), block(0, 6, "comm"), block(1, 6, shared_ns=9)]
+    spans, _ = run_blocks(launches)
+    assert [(s.start_ns, s.end_ns, s.slowed_ns) for s in spans] == [(0, 10, 0), (10, 16, 0), (10, 18, 2)]
+    # Covered from its third nanosecond on: 2 alone is 1/3, the other 2/3 take 6 under the collective.
+    late = [block(0, 10), block(1, 6, shared_ns=9), block(0, 6, "comm", host_ns=12)]
+    assert times(late) == [(0, 10), (10, 18), (12, 18)]
+
+
+def test_a_slowed_end_is_rounded_up() -> None:
+    # 3 alone, 4 shared: 12 units. 2 ns under the collective work off 6, the other 6 take 1.5 ns at 4 a nanosecond.
+    launches = [block(0, 5), block(0, 2, "comm"), block(1, 3, shared_ns=4)]
+    assert times(launches)[-1] == (5, 9)
+
+
+def test_nothing_is_slowed_without_a_collective_beside_it() -> None:
+    launches = [block(0, 10, shared_ns=20), block(0, 6, "comm"), block(0, 6, shared_ns=9)]
+    assert times(launches) == [(0, 10), (10, 16), (16, 22)]
+
+
+def test_a_host_bound_block_hides_its_slowing() -> None:
+    # Kernels of 5 every 10 of the host: 8 each under a collective still ends within 10.
+    launches = [
+        block(1, 0, "comm"),
+        block(0, 100, "comm"),
+        Block(
+            htask=1,
+            subgraph=0,
+            stream="compute",
+            resource="compute",
+            first_ns=10,
+            host_ns=30,
+            device_ns=15,
+            tail_ns=35,
+            shared_ns=24,
+            shared_tail_ns=38,
+        ),
+    ]
+    assert times(launches)[-1] == (10, 38)
+
+
 blocks = st.lists(
     st.builds(
-        lambda htask, device, comm, first, rest, late: Block(
+        lambda htask, device, comm, first, rest, late, more: Block(
             htask=htask,
             subgraph=0,
             stream="comm" if comm else "compute",
@@ -104,6 +150,8 @@ blocks = st.lists(
             host_ns=first + rest,
             device_ns=device,
             tail_ns=first + max(rest, device) + late,
+            shared_ns=device + more,
+            shared_tail_ns=first + max(rest, device) + late + more // 2,
         ),
         st.integers(0, 3),
         st.integers(0, 50),
@@ -111,6 +159,7 @@ blocks = st.lists(
         st.integers(0, 30),
         st.integers(0, 30),
         st.integers(0, 10),
+        st.integers(0, 40),
     ),
     max_size=25,
 )

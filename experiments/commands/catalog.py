@@ -99,7 +99,12 @@ def _datasets() -> Iterator[Row]:
 
 def _cost_models() -> Iterator[Row]:
     for name, found in cost_models().items():
-        yield {"name": name, "calibrated": found.calibrated, "about": _about(found)}
+        yield {
+            "name": name,
+            "options": _options(found.Config),
+            "calibrated": found.calibrated,
+            "about": _about(found),
+        }
 
 
 def _peft() -> Iterator[Row]:

@@ -7,13 +7,16 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from muxtune.sim.cost.base import CostModel, cost_models, require_cost_model
+from muxtune.sim.cost.base import CostModel, WrapBase, cost_models, require_cost_model
+from muxtune.sim.cost.interference import CoRunGrid, Interference
 from muxtune.sim.cost.table import FittedTable, Table
 from muxtune.spec.cluster import Cluster
 from muxtune.spec.errors import InputError, UnknownKeyError
 from muxtune.spec.files import read_noun
 from muxtune.spec.plan import Plan, Provenance
+from muxtune.spec.registry import parse_config, split_reference
 
 #: Told (label, done, total).
 Progress = Callable[[str, int, int], None]
@@ -35,19 +38,30 @@ def read_plan(path: Path) -> Plan:
 
 
 def load_cost(reference: str, cluster: Cluster, allow_extrapolation: bool = False) -> CostModel:
-    """A cost model by name, or a fitted table: its file, a profile folder, or the name of a folder of `profiles`.
+    """A cost model `NAME` or `NAME:key=value,…`, or a fitted table: its file, profile folder, or folder of `profiles`.
 
     Raises:
-        UnknownKeyError: neither a cost model nor a file or folder. InputError: a profile of another device.
+        UnknownKeyError: neither a cost model nor a file or folder, or no such option. InputError: a profile of another device.
     """
-    if reference in cost_models():
-        made = require_cost_model(reference)
+    name, options = split_reference(reference)
+    if name in cost_models():
+        made = require_cost_model(name)
         if issubclass(made, Table):
             raise InputError(f"--cost {reference}: needs a profile: give the folder that `muxtune profile --out` wrote")
-        model: CostModel = made()
-        return model
+        return _named(made, parse_config("cost model", name, made.Config, options), cluster, allow_extrapolation)
     path = _costs_file(reference)
     return Table(read_noun(FittedTable, path), cluster.device, allow_extrapolation)
+
+
+def _named(made: type[Any], config: Any, cluster: Cluster, allow_extrapolation: bool) -> CostModel:
+    """A cost model of this class, with the base and the co-run grid that its config names."""
+    parts: dict[str, Any] = {}
+    if issubclass(made, WrapBase):
+        parts["base"] = load_cost(config.base, cluster, allow_extrapolation)
+    if issubclass(made, Interference) and config.grid:
+        parts["grid"] = read_noun(CoRunGrid, Path(config.grid))
+    model: CostModel = made(config, **parts)
+    return model
 
 
 def _costs_file(reference: str) -> Path:

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from muxtune.spec.align import Batch
-from muxtune.spec.catalogue import StageContext, subgraph_ops
+from muxtune.spec.catalogue import StageContext, Way, stage_ops, stage_subgraphs, subgraph_ops
 from muxtune.spec.cluster import DeviceSpec, Link
 from muxtune.spec.errors import UnknownKeyError
 from muxtune.spec.noun import noun
-from muxtune.spec.ops import Op, host
+from muxtune.spec.ops import ADAPTERS, COLLECTIVES, Op, collective_load, host
+from muxtune.spec.plan import COMM_CTAS
 from muxtune.spec.registry import plugins
 
 
 @noun
 class Cost:
-    """Price of one operator call: device time, host time to issue it, and how far to trust them."""
+    """Price of one operator call: device time, host time to issue it, and how far to trust them.
+
+    `utilisation` is the share of the device that the call keeps busy (u_a of MuxTune Eq. 3), in (0, 1]: what calls that
+    are fused into one leave to each other. `utilisation_guessed` says that it was not measured where `p50_ns` was.
+    """
 
     p50_ns: int
     host_ns: int = 0
     relative_error: float = 0.0
     extrapolated: bool = False
     joules: float = 0.0
+    utilisation: float = 1.0
+    utilisation_guessed: bool = False
 
 
 @noun
@@ -46,7 +54,10 @@ class CostSum:
 
 @runtime_checkable
 class CostModel(Protocol):
-    """What simulator and policies need of a cost model. `calibrated` is False where nothing was measured."""
+    """What simulator and policies need of a cost model. `calibrated` is False where nothing was measured.
+
+    A model with a true attribute `backward_is_forward` has its backward priced by the operators of the forward.
+    """
 
     @property
     def model_id(self) -> str:
@@ -59,7 +70,7 @@ class CostModel(Protocol):
         ...
 
     def latency(self, op: Op, device: DeviceSpec, share: tuple[Op, ...] = ()) -> Cost:
-        """Cost of one call; `share` are operators that run beside it (none by default).
+        """Cost of one call while all of `share` run beside it (none by default): operators, or a `collective_load`.
 
         Raises:
             ExtrapolationError: the op lies outside what was measured and extrapolation is not allowed.
@@ -71,18 +82,72 @@ class CostModel(Protocol):
         ...
 
 
-def total(cost: CostModel, device: DeviceSpec, ops: Iterable[Op]) -> CostSum:
-    """Sum of the latencies of operators run one after the other."""
+def grouped(costs: Sequence[Cost]) -> Cost:
+    """Adapters of one BaseOp as one grouped operator: max{Σ u_a·t_a, max t_a} (MuxTune Eq. 3), issued once.
+
+    Each u_a·t_a is rounded to a nanosecond. On a CPU u_a is 1, so that it is the sum.
+    """
+    if len(costs) == 1:
+        return costs[0]
+    alone_ns = sum(c.p50_ns for c in costs)
+    return Cost(
+        p50_ns=max(sum(round(c.utilisation * c.p50_ns) for c in costs), *(c.p50_ns for c in costs)),
+        host_ns=max(c.host_ns for c in costs),
+        relative_error=sum(c.relative_error * c.p50_ns for c in costs) / alone_ns if alone_ns else 0.0,
+        extrapolated=any(c.extrapolated or c.utilisation_guessed for c in costs),
+        joules=sum(c.joules for c in costs),
+        utilisation=max(c.utilisation for c in costs),
+    )
+
+
+def prices(
+    cost: CostModel,
+    device: DeviceSpec,
+    ops: Iterable[Op],
+    *,
+    link: Link | None = None,
+    share: tuple[Op, ...] = (),
+    fuse_adapters: bool = True,
+) -> Iterator[tuple[str, Cost]]:
+    """(family, cost) of operators run one after the other, `share` beside them; a BaseOp's adapters as one where fused.
+
+    Collectives go over `link`, where none is given over the one that the cost model takes for the device.
+    """
+    for key, run in groupby(ops, _base_op if fuse_adapters else lambda op: None):
+        if key is not None:
+            yield str(key[0]), grouped([cost.latency(op, device, share) for op in run])
+            continue
+        for op in run:
+            linked = link is not None and op.family in COLLECTIVES
+            yield op.family, cost.link_latency(op, link) if linked else cost.latency(op, device, share)  # type: ignore[arg-type]
+
+
+def comm_load(device: DeviceSpec, link: Link | None, ctas: int = COMM_CTAS) -> tuple[Op, ...]:
+    """What runs beside compute while a collective runs over a link; nothing on a CPU, where they take turns."""
+    return (collective_load(ctas, link.bandwidth_bytes_per_s),) if link and ctas and not device.is_cpu else ()
+
+
+def stream_ns(price: Cost, device: DeviceSpec) -> int:
+    """Stream time of an operator: on a CPU its host time counts as compute."""
+    return price.p50_ns + (price.host_ns if device.is_cpu else 0)
+
+
+def _base_op(op: Op) -> tuple[object, ...] | None:
+    """What neighbouring adapters of one BaseOp have in common; None for other operators."""
+    return (op.family, op.direction, op.dtype, op.shape[:2]) if op.family in ADAPTERS else None
+
+
+def total(cost: CostModel, device: DeviceSpec, ops: Iterable[Op], link: Link | None = None) -> CostSum:
+    """Sum of the latencies of operators run one after the other, a BaseOp's adapters as one grouped operator."""
     p50_ns = host_ns = extrapolated_ns = 0
     joules = 0.0
     errors: dict[str, float] = {}
-    for op in ops:
-        price = cost.latency(op, device)
+    for family, price in prices(cost, device, ops, link=link):
         p50_ns += price.p50_ns
         host_ns += price.host_ns
         joules += price.joules
         extrapolated_ns += price.p50_ns if price.extrapolated else 0
-        errors[op.family] = errors.get(op.family, 0.0) + price.relative_error * price.p50_ns
+        errors[family] = errors.get(family, 0.0) + price.relative_error * price.p50_ns
     return CostSum(
         p50_ns=p50_ns,
         host_ns=host_ns,
@@ -92,17 +157,49 @@ def total(cost: CostModel, device: DeviceSpec, ops: Iterable[Op]) -> CostSum:
     )
 
 
-def batch_ops(context: StageContext, batch: Batch, direction: Literal["forward", "backward"]) -> tuple[Op, ...]:
-    """Every operator of a stage for a batch, one after the other, with one launch a subgraph."""
-    return tuple(op for group in subgraph_ops(context, batch, direction) for op in (host("launch", direction), *group))
+def priced_groups(cost: CostModel, context: StageContext, batch: Batch, direction: Way) -> tuple[tuple[Op, ...], ...]:
+    """The operators of each subgraph of a stage by which a cost model prices it."""
+    if direction == "backward" and getattr(cost, "backward_is_forward", False):
+        return _mirrored(context, batch)
+    return subgraph_ops(context, batch, direction)
+
+
+def _mirrored(context: StageContext, batch: Batch) -> tuple[tuple[Op, ...], ...]:
+    """Backward subgraphs that run the forward's operators; the embedding, which has no backward, is in the last one.
+
+    Collectives are left empty.
+    """
+    forward = {piece: tuple(reversed(ops)) for piece, ops, _ in stage_ops(context, batch)}
+    subgraphs = stage_subgraphs(context.layout, context.stage, "backward")
+    found: list[tuple[Op, ...]] = [() for _ in subgraphs]
+    for subgraph in subgraphs:
+        if subgraph.collective is None:
+            found[subgraph.index] = tuple(op for piece in subgraph.pieces for op in forward.pop(piece))
+    last = max(s.index for s in subgraphs if s.collective is None)
+    found[last] += tuple(op for ops in forward.values() for op in ops)
+    return tuple(found)
+
+
+def batch_ops(context: StageContext, batch: Batch, direction: Way, cost: CostModel | None = None) -> tuple[Op, ...]:
+    """Every operator of a stage for a batch, one after the other, with one launch a subgraph; as `cost` prices it."""
+    groups = subgraph_ops(context, batch, direction) if cost is None else priced_groups(cost, context, batch, direction)
+    return tuple(op for group in groups for op in (host("launch", direction), *group))
 
 
 def stage_latency_ns(
-    cost: CostModel, device: DeviceSpec, context: StageContext, batch: Batch, direction: Literal["forward", "backward"]
+    cost: CostModel,
+    device: DeviceSpec,
+    context: StageContext,
+    batch: Batch,
+    direction: Way,
+    link: Link | None = None,
 ) -> int:
-    """Time of one batch on one stage with nothing beside it: Σ operators (MuxTune Eq. 3 with measured directions)."""
-    price = total(cost, device, batch_ops(context, batch, direction))
-    return price.p50_ns + (price.host_ns if device.is_cpu else 0)
+    """Time of one batch on one stage with nothing beside it (MuxTune Eq. 3 with measured directions).
+
+    BaseOps one after the other on all tokens, and the adapters of each as one grouped operator.
+    """
+    priced = prices(cost, device, batch_ops(context, batch, direction, cost), link=link)
+    return sum(stream_ns(price, device) for _, price in priced)
 
 
 def cost_models() -> dict[str, type[Any]]:
@@ -110,8 +207,25 @@ def cost_models() -> dict[str, type[Any]]:
     return plugins("cost", Path(__file__).parent, "muxtune.sim.cost", CostBase)
 
 
+@noun
+class NoConfig:
+    """A cost model without options."""
+
+
 class CostBase:
-    """Marks the class of a cost-model file that the registry picks up."""
+    """Marks the class of a cost-model file that the registry picks up; `Config` has the options of `NAME:key=value,…`."""
+
+    Config: type[Any] = NoConfig
+
+
+class WrapBase(CostBase):
+    """A cost model that asks another about single operators; its `Config` names that one as `base`.
+
+    It is as calibrated as its base.
+    """
+
+    base: CostModel
+    calibrated = False
 
 
 def require_cost_model(key: str) -> type[Any]:

@@ -1,37 +1,58 @@
-"""Roofline: latency = max(flops / attainable flops, bytes / attainable bandwidth), from a data sheet, unmeasured."""
+"""Roofline: latency = max(flops / attainable flops, bytes / attainable bandwidth), from a data sheet, unmeasured.
+
+GEMMs count whole tiles and waves (sim/cost/_tiles.py). Beside a collective that holds h of H SMs and moves bytes at link rate
+l, an operator has (H − h)/H of the flops and 1 − 2·l/b of the bandwidth b.
+"""
 
 from __future__ import annotations
 
 import math
-from functools import cache
+from typing import get_args
 
+from muxtune.sim.cost._links import LINKED, Algorithm, link_ns, usual_link
+from muxtune.sim.cost._tiles import taken_flops, utilisation
 from muxtune.sim.cost.base import Cost, CostBase
-from muxtune.spec.cluster import LINKS, DeviceSpec, Link, device_presets, parse_cluster
-from muxtune.spec.errors import InputError
-from muxtune.spec.ops import COLLECTIVES, OVERHEADS, Op
+from muxtune.spec.cluster import DeviceSpec, Link
+from muxtune.spec.noun import noun
+from muxtune.spec.ops import OVERHEADS, Op
 from muxtune.spec.units import NS_PER_S
 
 #: Assumptions. Large GEMMs reach about this share of a data sheet's dense peak, streaming kernels of its bandwidth.
 COMPUTE_FRACTION = 0.6
 BANDWIDTH_FRACTION = 0.75
+#: Assumption: a collective reads each byte it sends from memory and writes each byte it receives ...
+COLLECTIVE_PASSES = 2
+#: ... and never gets more than this share of the bandwidth from an operator beside it.
+COLLECTIVE_BANDWIDTH = 0.5
 #: Assumption: a data sheet says this little about one operator of unknown shape.
 RELATIVE_ERROR = 0.5
 #: Kernels of one operator where it is not one: a LoRA is two GEMMs, each with up to two more in its backward.
 KERNELS = {("lora", "forward"): 2, ("lora", "weights"): 3, ("lora", "backward"): 4}
 #: Host work and measured remainders: a data sheet has no figure for them.
 UNPRICED = frozenset({"launch", "instruction", *OVERHEADS, "send", "recv"})
-#: Families that need a link.
-LINKED = frozenset({"p2p", *COLLECTIVES})
+
+
+@noun
+class RooflineConfig:
+    """`all_reduce`: a `ring`, a `tree`, or the `cheapest` of the two for its size."""
+
+    all_reduce: Algorithm = "cheapest"
+
+    def __post_init__(self) -> None:
+        if self.all_reduce not in get_args(Algorithm):
+            raise ValueError(f"all_reduce={self.all_reduce!r}: known are {list(get_args(Algorithm))}")
 
 
 class Roofline(CostBase):
-    """Cost model of a data sheet at stated attainable fractions; uncalibrated wherever it is shown.
+    """Cost model of a data sheet at stated attainable fractions; uncalibrated wherever it is shown."""
 
-    Operators that run beside each other (`share`) are priced as if alone.
-    """
-
-    model_id = "roofline"
+    Config = RooflineConfig
     calibrated = False
+
+    def __init__(self, config: RooflineConfig | None = None) -> None:
+        self.config = config or RooflineConfig()
+        chosen = self.config.all_reduce
+        self.model_id = "roofline" if chosen == "cheapest" else f"roofline:all_reduce={chosen}"
 
     def latency(self, op: Op, device: DeviceSpec, share: tuple[Op, ...] = ()) -> Cost:
         """Device time, host time to issue the operator's kernels, and energy above idle."""
@@ -41,22 +62,46 @@ class Roofline(CostBase):
             return self.link_latency(op, usual_link(device))
         p50_ns = math.ceil(attainable_ns(op, device))
         return Cost(
-            p50_ns=p50_ns,
+            p50_ns=math.ceil(attainable_ns(op, device, share)) if share else p50_ns,
             host_ns=issue_ns(op, device),
             relative_error=RELATIVE_ERROR,
             joules=dynamic_joules(op, device, p50_ns),
+            utilisation=utilisation(op, device),
         )
 
     def link_latency(self, op: Op, link: Link) -> Cost:
-        """p2p: latency + bytes / bandwidth. Collectives: a ring of messages of bytes / n one after the other."""
-        return Cost(p50_ns=link_ns(op, link), relative_error=RELATIVE_ERROR)
+        """Time of a message: sim/cost/_links.py has the formulas.
+
+        Raises:
+            InputError: the operator is no message.
+        """
+        return Cost(p50_ns=link_ns(op, link, self.config.all_reduce), relative_error=RELATIVE_ERROR)
 
 
-def attainable_ns(op: Op, device: DeviceSpec) -> float:
-    """Time that an operator takes at the attainable fractions of a device's peaks; above 0 for non-zero work."""
-    compute_s = op.flops / (device.peak_flops(op.dtype) * COMPUTE_FRACTION)
-    memory_s = op.moved_bytes / (device.bandwidth_bytes_per_s * BANDWIDTH_FRACTION)
-    return max(compute_s, memory_s) * NS_PER_S
+def attainable_ns(op: Op, device: DeviceSpec, share: tuple[Op, ...] = ()) -> float:
+    """Time that an operator takes at the attainable fractions of a device's peaks; above 0 for non-zero work.
+
+    Operators of `share` take turns with it where both would keep more than the whole device busy.
+    """
+    compute_left, memory_left = _left(device, share)
+    compute_s = taken_flops(op, device) / (device.peak_flops(op.dtype) * COMPUTE_FRACTION * compute_left)
+    memory_s = op.moved_bytes / (device.bandwidth_bytes_per_s * BANDWIDTH_FRACTION * memory_left)
+    busy = sum(utilisation(x, device) for x in (op, *share) if x.family != "collective_load")
+    return max(compute_s, memory_s) * NS_PER_S * (max(1.0, busy) if share else 1.0)
+
+
+def slowdown(op: Op, device: DeviceSpec, share: tuple[Op, ...]) -> float:
+    """The stated default of time beside `share` / time alone, at least 1; 1 for what a data sheet has no figure for."""
+    alone_ns = attainable_ns(op, device)
+    return attainable_ns(op, device, share) / alone_ns if share and alone_ns else 1.0
+
+
+def _left(device: DeviceSpec, share: tuple[Op, ...]) -> tuple[float, float]:
+    """Shares of flops and bandwidth that collectives leave; on a CPU they run in turn with everything else."""
+    loads = [x for x in share if x.family == "collective_load" and not device.is_cpu]
+    held = min(device.sm_count - 1, sum(x.size[0] for x in loads)) / device.sm_count
+    traffic = sum(COLLECTIVE_PASSES * x.shape[0] for x in loads) / device.bandwidth_bytes_per_s
+    return 1.0 - held, 1.0 - min(COLLECTIVE_BANDWIDTH, traffic)
 
 
 def issue_ns(op: Op, device: DeviceSpec) -> int:
@@ -72,26 +117,3 @@ def dynamic_joules(op: Op, device: DeviceSpec, p50_ns: int) -> float:
     compute = op.flops / (device.peak_flops(op.dtype) * seconds)
     memory = op.moved_bytes / (device.bandwidth_bytes_per_s * seconds)
     return min(1.0, max(compute, memory)) * (device.peak_w - device.idle_w) * seconds
-
-
-def link_ns(op: Op, link: Link) -> int:
-    """Time of a message over a link, at least 1 ns.
-
-    Raises:
-        InputError: the operator is no message.
-    """
-    if op.family not in LINKED:
-        raise InputError(f"operator {op.family!r} does not travel over a link: only {sorted(LINKED)} do")
-    transfer_ns = op.size[0] * NS_PER_S / link.bandwidth_bytes_per_s
-    if op.family == "p2p":
-        return max(1, link.latency_ns + math.ceil(transfer_ns))
-    ranks = op.shape[0]
-    # Round the ring: a reduce-scatter and an all-gather are n−1 messages of bytes / n, an all-reduce is both.
-    messages = (2 if op.family == "all_reduce" else 1) * (ranks - 1)
-    return max(1, messages * link.latency_ns + math.ceil(transfer_ns * messages / ranks))
-
-
-@cache
-def usual_link(device: DeviceSpec) -> Link:
-    """The link inside a node of this device, for callers that name none; PCIe for a device that is no preset."""
-    return parse_cluster(device.name).nodes[0].link if device.name in device_presets() else LINKS["pcie"]

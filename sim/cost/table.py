@@ -5,17 +5,21 @@ e(m) = roofline_ns(m) / measured_ns(m), log e is linear in log m between points,
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from muxtune.sim.cost._interpolate import Grid, Interpolant, Line, Size
+from muxtune.sim.cost._links import LINKED, link_ns, require_message
+from muxtune.sim.cost._tiles import utilisation
 from muxtune.sim.cost.base import Cost, CostBase
-from muxtune.sim.cost.roofline import LINKED, RELATIVE_ERROR, UNPRICED, dynamic_joules, issue_ns, link_ns
+from muxtune.sim.cost.roofline import RELATIVE_ERROR, UNPRICED, dynamic_joules, issue_ns, slowdown
 from muxtune.spec import ops
 from muxtune.spec.cluster import DeviceSpec, Link
 from muxtune.spec.errors import ExtrapolationError, InputError
 from muxtune.spec.noun import digest, noun
-from muxtune.spec.ops import FAMILIES, OVERHEADS, Direction, Op
+from muxtune.spec.ops import ADAPTERS, FAMILIES, OVERHEADS, Direction, Op
 from muxtune.spec.plan import Provenance
 from muxtune.spec.units import DTYPE_BYTES, NS_PER_S
 
@@ -32,13 +36,19 @@ Group = tuple[str, str, str, tuple[int, ...]]
 class Point:
     """One measured size: median time and its relative spread (p80 − p20) / p50.
 
-    `host_ns` is the time to issue the call on a device that runs beside its host; None where it was not measured.
+    `host_ns` is the time to issue the call on a device that runs beside its host, `utilisation` the share of the device
+    that an adapter alone keeps busy; None where it was not measured.
     """
 
     size: tuple[int, ...]
     p50_ns: int
     spread: float
     host_ns: int | None = None
+    utilisation: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.utilisation is not None and not 0 < self.utilisation <= 1:
+            raise ValueError(f"utilisation={self.utilisation}: must be above 0 and at most 1")
 
 
 @noun
@@ -108,7 +118,7 @@ class FittedTable:
 class Table(CostBase):
     """Cost model of a measured profile. Energy is estimated from the data sheet's watts, not measured.
 
-    Operators that run beside each other (`share`) are priced as if alone.
+    Beside others (`share`) the measured time is stretched by the roofline's default, and counts as extrapolated.
 
     Raises:
         InputError: the profile is of another device, or an attention grid has holes.
@@ -139,15 +149,14 @@ class Table(CostBase):
         found = self._known.get(op)
         if found is None:
             found = self._known[op] = self._price(op)
-        return found
+        return beside(found, slowdown(op, device, share)) if share else found
 
     def link_latency(self, op: Op, link: Link) -> Cost:
         """Cost of a message from the measured curve of its family; the profile's own links stand for `link`.
 
         Where no message of the family was measured, extrapolation prices it by the link's data sheet.
         """
-        if op.family not in LINKED:
-            raise InputError(f"operator {op.family!r} does not travel over a link: only {sorted(LINKED)} do")
+        require_message(op)
         if op.group not in self._curves and self.allow_extrapolation:
             return Cost(p50_ns=link_ns(op, link), relative_error=RELATIVE_ERROR, extrapolated=True)
         return self.latency(op, self.device)
@@ -161,13 +170,23 @@ class Table(CostBase):
             raise ExtrapolationError(_outside(op, curve))
         p50_ns = round(interpolate.ns(op.size))
         mape = self._mape.get(op.family)
+        busy, guessed = self._utilisation(op, curve)
         return Cost(
             p50_ns=p50_ns,
             host_ns=self._host_ns(op, curve),
             relative_error=max(p.spread for p in curve.points) if mape is None else mape,
             extrapolated=extrapolated,
             joules=0.0 if op.family in UNPRICED | LINKED else dynamic_joules(op, self.device, p50_ns),
+            utilisation=busy,
+            utilisation_guessed=guessed,
         )
+
+    def _utilisation(self, op: Op, curve: Curve) -> tuple[float, bool]:
+        """(u_a, whether it is the roofline's): of the nearest measured size; on a CPU an adapter has its core alone."""
+        if self.device.is_cpu or op.family not in ADAPTERS:
+            return 1.0, False
+        measured = [(abs(math.log(p.size[0] / op.size[0])), p.utilisation) for p in curve.points if p.utilisation]
+        return (min(measured)[1], False) if measured else (utilisation(op, self.device), True)
 
     def _host_ns(self, op: Op, curve: Curve) -> int:
         """Issue time: measured (it does not depend on size), else the data sheet's; on a CPU it is inside p50."""
@@ -175,6 +194,13 @@ class Table(CostBase):
             return 0
         measured = [p.host_ns for p in curve.points if p.host_ns is not None]
         return round(statistics.median(measured)) if measured else issue_ns(op, self.device)
+
+
+def beside(alone: Cost, factor: float) -> Cost:
+    """A measured cost stretched by a factor that was not measured."""
+    stretched_ns = max(alone.p50_ns, math.ceil(alone.p50_ns * factor))
+    error = max(alone.relative_error, RELATIVE_ERROR)
+    return replace(alone, p50_ns=stretched_ns, relative_error=error, extrapolated=True)
 
 
 def fit_table(

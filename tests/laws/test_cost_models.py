@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from muxtune.policies.build import make_instance
+from muxtune.sim.cost._links import LINKED
 from muxtune.sim.cost.base import CostModel, batch_ops, cost_models, require_cost_model, stage_latency_ns
+from muxtune.sim.cost.paper import Paper
 from muxtune.sim.cost.roofline import Roofline
 from muxtune.sim.cost.table import Curve, Point, Table, fit_table
 from muxtune.sim.simulate import simulate
@@ -60,7 +62,7 @@ def catalogue() -> tuple[Op, ...]:
         for task in ("t0", "t1"):
             step = ops.adamw(*adapter_sizes(context, task))
             found.setdefault(step.group, step)
-    for family, shape in (("send", ()), ("recv", ()), ("p2p", ()), ("all_reduce", (2,))):
+    for family, shape in (("send", ()), ("recv", ()), ("p2p", ()), *((c, (2,)) for c in ops.COLLECTIVES)):
         found.setdefault(family, ops.message(family, 64, shape))
     return tuple(found.values())
 
@@ -119,11 +121,11 @@ def model(request: pytest.FixtureRequest) -> CostModel:
 
 
 def price(model: CostModel, op: Op, link: Link = LOCAL) -> Any:
-    return model.link_latency(op, link) if op.family in ("p2p", "all_reduce") else model.latency(op, CPU)
+    return model.link_latency(op, link) if op.family in LINKED else model.latency(op, CPU)
 
 
-def test_both_models_are_found_and_an_unknown_one_is_named() -> None:
-    assert {"roofline", "table"} <= set(cost_models())
+def test_every_model_is_found_and_an_unknown_one_is_named() -> None:
+    assert {"roofline", "table", "paper", "interference"} <= set(cost_models())
     with pytest.raises(UnknownKeyError, match=r"unknown cost model 'oracle': known are .*roofline.*table"):
         require_cost_model("oracle")
 
@@ -139,7 +141,9 @@ def test_every_operator_has_a_sound_price(model: CostModel, op: Op) -> None:
     for size in sizes(op):
         found = price(model, resized(op, size))
         assert type(found.p50_ns) is int
-        assert found.p50_ns >= (1 if op.flops or op.family in ("p2p", "all_reduce") else 0)
+        priced = op.flops or (op.family in LINKED and not isinstance(model, Paper))
+        assert found.p50_ns >= (1 if priced else 0)
+        assert 0 < found.utilisation <= 1
         assert found.host_ns == 0, "on a CPU host and compute are one resource"
         assert found.relative_error >= 0
         assert math.isfinite(found.relative_error)
@@ -155,6 +159,14 @@ def test_more_work_never_takes_less_time(model: CostModel, op: Op) -> None:
         for large in sizes(op):
             if all(a <= b for a, b in zip(small, large, strict=True)):
                 assert price(model, resized(op, small)).p50_ns <= price(model, resized(op, large)).p50_ns
+
+
+@pytest.mark.parametrize("op", catalogue(), ids=lambda op: f"{op.family}-{op.direction}-{op.shape}")
+def test_company_never_makes_an_operator_faster(model: CostModel, op: Op) -> None:
+    for size in sizes(op):
+        alone = model.latency(resized(op, size), CPU)
+        for share in (ops.collective_load(8, 10**9), ops.linear(64, (64, 64), False, "forward", "fp32", 4)):
+            assert model.latency(resized(op, size), CPU, (share,)).p50_ns >= alone.p50_ns
 
 
 def test_prices_between_measured_sizes_lie_between(model: CostModel) -> None:
