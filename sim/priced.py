@@ -23,13 +23,17 @@ NORM_BYTES = 4
 
 @noun
 class Priced:
-    """One instruction. `duration_ns` leaves out waiting; send and recv name a `channel`, a step its `meeting`."""
+    """One instruction. `duration_ns` leaves out waiting; send and recv name a `channel`, a step its `meeting`.
+
+    `joules` are its operators' energy above idle.
+    """
 
     op: OpName
     duration_ns: int
     channel: int = -1
     meeting: int = -1
     run: StageRun | None = None
+    joules: float = 0.0
 
 
 @noun
@@ -148,7 +152,8 @@ class _Pricing:
         self.ledger.add_sum(run.costs)
         self.host_bound_ns += run.host_bound_ns
         self.exposed_ns += run.exposed_ns
-        return Priced(op=x.op, duration_ns=overhead.p50_ns + overhead.host_ns + run.duration_ns, run=run)
+        duration_ns = overhead.p50_ns + overhead.host_ns + run.duration_ns
+        return Priced(op=x.op, duration_ns=duration_ns, run=run, joules=overhead.joules + run.costs.joules)
 
     def _transfer(self, rank: int, x: Instruction) -> Priced:
         """A send or recv: host work on the rank; the send also prices the message on its link."""
@@ -160,14 +165,16 @@ class _Pricing:
             self.transfers_ns.append([])
         if x.op == "send":
             self.transfers_ns[channel].append(self._message_ns(x.size_bytes, self.plan.cluster.link(rank, x.peer)))
-        return Priced(op=x.op, duration_ns=self._alone_ns(message(x.op, x.size_bytes)), channel=channel)
+        handed = self._alone(message(x.op, x.size_bytes))
+        return Priced(op=x.op, duration_ns=alone_ns(handed, self.device), channel=channel, joules=handed.joules)
 
     def _step(self, rank: int, x: Instruction) -> Priced:
         """The optimizer step of a task: its adapters on this rank, and the gradient norm summed over the instance."""
         assert x.task is not None
         instance = self.plan.instances[x.key.instance]
         site = self._site(x.key.instance, self._stage(rank, x.key.instance))
-        duration_ns = self._alone_ns(adamw(*adapter_sizes(site.context, x.task)))
+        update = self._alone(adamw(*adapter_sizes(site.context, x.task)))
+        duration_ns = alone_ns(update, self.device)
         ranks = instance.layout.tp * instance.layout.pp
         if ranks > 1:
             norm = message("all_reduce", NORM_BYTES, (ranks,))
@@ -178,7 +185,7 @@ class _Pricing:
         if meeting == len(self.meeting_ranks):
             self.meeting_ranks.append(0)
         self.meeting_ranks[meeting] += 1
-        return Priced(op="step", duration_ns=duration_ns, meeting=meeting)
+        return Priced(op="step", duration_ns=duration_ns, meeting=meeting, joules=update.joules)
 
     def _message_ns(self, size_bytes: int, link: Link) -> int:
         found = self.messages.get((size_bytes, link))
@@ -187,11 +194,11 @@ class _Pricing:
         self.ledger.add("p2p", found)
         return found.p50_ns
 
-    def _alone_ns(self, op: Op) -> int:
-        """Time of an operator with nothing beside it."""
+    def _alone(self, op: Op) -> Cost:
+        """Cost of an operator with nothing beside it."""
         found = self.cost.latency(op, self.device)
         self.ledger.add(op.family, found)
-        return alone_ns(found, self.device)
+        return found
 
     def _stage(self, rank: int, instance: int) -> int:
         found = self.plan.instances[instance]

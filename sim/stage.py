@@ -49,7 +49,10 @@ class Block:
 
 @noun
 class StageSpan:
-    """When a subgraph ran, relative to the start of the clock; `stall_ns` of it were added by waiting for the host."""
+    """When a subgraph ran, relative to the start of the clock; `stall_ns` were added by waiting for the host.
+
+    Of these, `inner_ns` lie between its start and its end, the others before its start.
+    """
 
     htask: int
     subgraph: int
@@ -57,6 +60,7 @@ class StageSpan:
     start_ns: int
     end_ns: int
     stall_ns: int = 0
+    inner_ns: int = 0
 
 
 @noun
@@ -73,6 +77,11 @@ class StageRun:
     host_bound_ns: int
     exposed_ns: int
     events: int
+
+    @property
+    def compute_ns(self) -> int:
+        """Time in which the compute stream computes: its spans without their waits for the host."""
+        return sum(s.end_ns - s.start_ns - s.inner_ns for s in self.spans if s.stream == "compute")
 
 
 @noun
@@ -160,14 +169,16 @@ def _price(cost: CostModel, site: Site, op: Op) -> Cost:
 def span_of(block: Block, host_ns: int, free_ns: int, ready_ns: int) -> StageSpan:
     """The span of a block that the host begins to launch at `host_ns`, its stream free and input ready as given."""
     device_free_ns = max(free_ns, ready_ns)
+    start_ns = max(device_free_ns, host_ns + block.first_ns)
     end_ns = max(device_free_ns + block.device_ns, host_ns + block.tail_ns)
     return StageSpan(
         htask=block.htask,
         subgraph=block.subgraph,
         stream=block.stream,
-        start_ns=max(device_free_ns, host_ns + block.first_ns),
+        start_ns=start_ns,
         end_ns=end_ns,
         stall_ns=end_ns - device_free_ns - block.device_ns,
+        inner_ns=end_ns - start_ns - block.device_ns,
     )
 
 
