@@ -41,8 +41,8 @@ class FrequencyStep:
     def statement(self) -> str:
         """What was assumed, in a sentence."""
         return (
-            f"what-if at {self.mhz} of {self.reference_mhz} MHz: compute-bound time grows as f0/f; memory-bound, link and host "
-            f"time and idle power stay; dynamic power falls as (f/f0)^{self.exponent:g}, an assumed exponent; nothing was measured"
+            f"what-if, f0 = {self.reference_mhz} MHz: compute-bound time x f0/f, other times as they are; "
+            f"dynamic power x (f/f0)^{self.exponent:g} (assumed, not measured)"
         )
 
 

@@ -6,22 +6,32 @@ from collections.abc import Sequence
 
 from muxtune.spec.intervals import length, overlap, union
 from muxtune.spec.noun import noun
-from muxtune.spec.timeline import Timeline
+from muxtune.spec.stalls import StepBegins, step_begin_ns
+from muxtune.spec.timeline import Span, Timeline
 
 #: Ops that are work of the device itself; waiting in a recv is not.
 BUSY_OPS = ("forward", "backward", "step")
 
 
 def busy_ns(timeline: Timeline, rank: int) -> int:
-    """Time in which a rank computes (forward, backward, step)."""
-    return sum(s.duration_ns for s in timeline.instruction_spans(rank) if s.op in BUSY_OPS)
+    """Time in which a rank runs a forward, a backward or a step; what a step waits for other ranks is left out."""
+    begin_ns = step_begin_ns(timeline.spans)
+    return sum(_busy_ns(s, begin_ns) for s in timeline.instruction_spans(rank))
 
 
 def bubble_fraction(timeline: Timeline) -> float:
-    """Share of device-time in which a rank neither computes nor moves data that nobody hides: 1 − busy / (ranks · makespan)."""
-    ranks = timeline.ranks
-    busy = sum(busy_ns(timeline, r) for r in ranks)
-    return max(0.0, 1.0 - busy / (len(ranks) * timeline.makespan_ns)) if timeline.makespan_ns else 0.0
+    """Share of device-time outside forwards, backwards and steps: 1 − busy / (ranks · makespan)."""
+    begin_ns = step_begin_ns(timeline.spans)
+    busy = sum(_busy_ns(s, begin_ns) for s in timeline.spans if s.subgraph < 0)
+    total = len(timeline.ranks) * timeline.makespan_ns
+    return max(0.0, 1.0 - busy / total) if total else 0.0
+
+
+def _busy_ns(span: Span, begin_ns: StepBegins) -> int:
+    if span.op not in BUSY_OPS:
+        return 0
+    start_ns = begin_ns[span.key, span.tasks] if span.op == "step" else span.start_ns
+    return max(0, span.end_ns - start_ns)
 
 
 def exposed_comm_fraction(timeline: Timeline) -> float:

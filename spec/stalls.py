@@ -32,6 +32,9 @@ BUSY = (COMPUTE, STEP)
 #: (rank, index of a forward or backward) → (ns of compute in it, ns of collectives with no compute beside them).
 Clocks = Mapping[tuple[int, int], tuple[int, int]]
 
+#: (key, tasks) of a step → ns.
+StepBegins = dict[tuple[UnitKey, tuple[str, ...]], int]
+
 
 @noun
 class RankTime:
@@ -80,19 +83,24 @@ def _clock(spans: Sequence[Span]) -> tuple[int, int]:
     return max(0, length(compute) - waited_ns), length(comm) - overlap(comm, compute)
 
 
+def step_begin_ns(spans: Iterable[Span]) -> StepBegins:
+    """When each optimizer step could begin: all its ranks sum one gradient norm, so it waits for the last to reach it."""
+    found: StepBegins = {}
+    for span in spans:
+        if span.op == "step":
+            at = (span.key, span.tasks)
+            found[at] = max(found.get(at, span.start_ns), span.start_ns)
+    return found
+
+
 class _Causes:
     """What the instructions of all ranks say about each other: when a message was sent, when a step could begin."""
 
     def __init__(self, clocks: Clocks, spans: Iterable[Span]) -> None:
         self.clocks = clocks
-        self.sent_ns: dict[int, int] = {}
-        self.met_ns: dict[tuple[UnitKey, tuple[str, ...]], int] = {}
-        for span in spans:
-            if span.op.startswith("send") and span.tag is not None:
-                self.sent_ns[span.tag] = span.start_ns
-            elif span.op == "step":
-                at = (span.key, span.tasks)
-                self.met_ns[at] = max(self.met_ns.get(at, span.start_ns), span.start_ns)
+        known = tuple(spans)
+        self.sent_ns = {s.tag: s.start_ns for s in known if s.op.startswith("send") and s.tag is not None}
+        self.met_ns = step_begin_ns(known)
 
     def parts(self, spans: Sequence[Span], window: tuple[int, int]) -> tuple[int, ...]:
         """Parts of one rank; each moment of the window is counted once."""
