@@ -60,7 +60,8 @@ class PowerSample:
 class Timeline:
     """What a Program did, predicted (`sim`) or measured (`executor`).
 
-    `power` is empty where there are no energy figures. `peak_bytes` has one entry a rank, in rank order; None where the run did not measure memory.
+    `power` is empty where there are no energy figures. `peak_bytes` has one entry a rank, in rank order; None where the
+    run did not measure memory.
     """
 
     source: Literal["sim", "executor"]

@@ -11,7 +11,14 @@ from typing import Any
 from muxtune.experiments.commands.inputs import Progress, output_folder, silent
 from muxtune.experiments.commands.plan import timed_plan
 from muxtune.experiments.commands.problem import Options, problem_text, read_problem
-from muxtune.experiments.commands.rows import UNCALIBRATED, Alone, feasible_row, figures_table, infeasible_row, time_table
+from muxtune.experiments.commands.rows import (
+    UNCALIBRATED,
+    Alone,
+    feasible_row,
+    figures_table,
+    infeasible_row,
+    time_table,
+)
 from muxtune.experiments.console import json_text, render
 from muxtune.policies.base import Policy, SystemState, make_policy, policies
 from muxtune.spec.errors import InputError, MuxtuneError

@@ -20,9 +20,9 @@ from muxtune.experiments.commands.rows import (
     Alone,
     cost_body,
     cost_text,
+    energy_text,
     feasible_row,
     figures_table,
-    energy_text,
     task_table,
     time_table,
 )

@@ -35,9 +35,7 @@ class AtFrequency:
         compute = op.flops / (device.peak_flops(op.dtype) * COMPUTE_FRACTION)
         memory = op.moved_bytes / (device.bandwidth_bytes_per_s * BANDWIDTH_FRACTION)
         scale = self.step.time_scale(compute, memory)
-        return replace(
-            found, p50_ns=round(found.p50_ns * scale), joules=found.joules * scale * self.step.power_scale
-        )
+        return replace(found, p50_ns=round(found.p50_ns * scale), joules=found.joules * scale * self.step.power_scale)
 
     def link_latency(self, op: Op, link: Link) -> Cost:
         """Links have a clock of their own."""
