@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -97,11 +98,16 @@ def _streams(
         colour, hatch = _look(htasks.index(span.tasks))
         place = streams.index(span.stream)
         left, width = (span.start_ns - start_ns) / unit_ns, span.duration_ns / unit_ns
-        box = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": edge(width * points_each)}
+        box: dict[str, Any] = {
+            "color": colour,
+            "hatch": hatch,
+            "edgecolor": "white",
+            "linewidth": edge(width * points_each),
+        }
         axes.barh(place, width, left=left, height=0.82, **box)
         label = span.op.split(" ")[0].removeprefix("layer").replace("attention", "attn")
         if fits(label, width * points_each) and not hatch:
-            look = {"color": text_colour(colour), "fontsize": LABEL_POINTS, "clip_on": True}
+            look: dict[str, Any] = {"color": text_colour(colour), "fontsize": LABEL_POINTS, "clip_on": True}
             axes.text(left + width / 2, place, label, ha="center", va="center", **look)
     axes.set_yticks(range(len(streams)), ["compute" if s == "compute" else "collectives" for s in streams])
     axes.set_ylim(len(streams) - 0.5, -0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -53,7 +54,7 @@ def _stalls(timeline: Timeline) -> Figure:
             label = f"{100 * fraction:.0f} %"
             if fits(label, fraction * points):
                 middle = (100 * (start + fraction / 2), place)
-                look = {"color": text_colour(colour), "fontsize": LABEL_POINTS}
+                look: dict[str, Any] = {"color": text_colour(colour), "fontsize": LABEL_POINTS}
                 axes.text(*middle, label, ha="center", va="center", **look)
             start += fraction
     axes.set_yticks(range(len(bars)), [label for label, _ in bars])
