@@ -31,8 +31,8 @@ class Estimate:
     `extrapolated_fraction` (of predicted time). `relative_error` is propagated from the cost model.
 
     `utilisation` is the share in which a rank computes (forward, backward, step); `stalls` adds up to 1 and has it in
-    its parts. `mfu` is useful flops (spec/flops.py) at billed lengths, `mfu_raw` at raw lengths, over the peak of the
-    backbone's dtype. `energy_j` = idle + dynamic energy of one iteration on the ranks that the plan uses; links take none.
+    its parts. `mfu` is useful flops (spec/flops.py) at raw lengths over the peak of the backbone's dtype: padding is not
+    useful. `mfu_billed` counts billed lengths (the paper's effective tokens), and may pass 1 where less than these is computed. `energy_j` = idle + dynamic energy of one iteration on the ranks that the plan uses; links take none.
     None: not known (no energy figures, or a plan file from before the field).
     """
 
@@ -55,7 +55,7 @@ class Estimate:
     calibrated: bool
     utilisation: float | None = None
     mfu: float | None = None
-    mfu_raw: float | None = None
+    mfu_billed: float | None = None
     stalls: tuple[Share, ...] = ()
     energy_idle_j: float | None = None
     energy_dynamic_j: float | None = None

@@ -27,7 +27,7 @@ FIGURES = (
     *("peak_bytes", "peak_bytes_per_rank", "bubble_fraction", "exposed_comm_fraction", "host_bound_fraction"),
     *("energy_j", "truncated_tokens", "extrapolated_fraction", "relative_error", "plan_seconds", "solver"),
     *("plan_digest", "per_task"),
-    *("utilisation", "mfu", "mfu_raw", "stalls", "joules_per_billed_token", "energy_idle_j", "energy_dynamic_j"),
+    *("utilisation", "mfu", "mfu_billed", "stalls", "joules_per_billed_token", "energy_idle_j", "energy_dynamic_j"),
 )
 
 
@@ -36,7 +36,7 @@ def feasible_row(policy: str, plan: Plan, found: Estimate, per_task: dict[str, A
     rates = {f"{kind}_per_s": found.rate_per_s(getattr(found, kind)) for kind in _TOKENS}
     same = ("iteration_ns", "spread", "draws", "bubble_fraction", "exposed_comm_fraction", "host_bound_fraction")
     more = ("energy_j", "truncated_tokens", "extrapolated_fraction", "relative_error")
-    last = ("utilisation", "mfu", "mfu_raw", "joules_per_billed_token", "energy_idle_j", "energy_dynamic_j")
+    last = ("utilisation", "mfu", "mfu_billed", "joules_per_billed_token", "energy_idle_j", "energy_dynamic_j")
     figures: dict[str, Any] = {
         **{name: getattr(found, name) for name in (*same, *more, *last)},
         "stalls": {share.cause: share.fraction for share in found.stalls},
