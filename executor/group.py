@@ -226,6 +226,7 @@ class _Names:
             start_ns=mark.start_ns - origin_ns,
             end_ns=mark.end_ns - origin_ns,
             subgraph=mark.subgraph,
+            tag=x.tag,
         )
 
     def _tasks(self, x: Instruction, htask: int) -> tuple[str, ...]:

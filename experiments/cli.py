@@ -135,13 +135,24 @@ def simulate(
     allow_extrapolation: opt.Extrapolate = False,
     seed: opt.Seed = 0,
     out: opt.OutFolder = None,
+    frequency: opt.Frequency = None,
+    frequencies: opt.Frequencies = "",
     as_json: opt.AsJson = False,
 ) -> Answer:
-    """Predict a plan's times, memory and energy."""
+    """Predict a plan's times, memory and energy; --out draws them."""
     from muxtune.experiments.commands import simulate as command
 
-    extrapolate = allow_extrapolation
-    body = command.run(plan, trace=trace, draws=draws, cost=cost, allow_extrapolation=extrapolate, seed=seed, out=out)
+    body = command.run(
+        plan,
+        trace=trace,
+        draws=draws,
+        cost=cost,
+        allow_extrapolation=allow_extrapolation,
+        seed=seed,
+        out=out,
+        frequency=frequency,
+        frequencies=frequencies,
+    )
     return Answer(body=body, show=command.show, as_json=as_json)
 
 

@@ -74,5 +74,13 @@ OutFolder = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Fo
 TraceFile = Annotated[
     Path | None, typer.Option("--trace", metavar="FILE", help="Write a Chrome trace (opens in Perfetto).")
 ]
+Frequency = Annotated[
+    int | None,
+    typer.Option("--frequency", metavar="MHZ", help="What-if: predict at this core clock, a step of the device."),
+]
+Frequencies = Annotated[
+    str,
+    typer.Option("--frequencies", metavar="all|MHZ,...", help="What-if: add time, power and energy at these steps."),
+]
 StudyFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for report, trace and results.")]
 Rounds = Annotated[int, typer.Option("--rounds", metavar="N", min=2, help="Rounds that count; 20 resolve 10 %.")]

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from muxtune.experiments import plots
+from muxtune.experiments.plots import study as plots
 from muxtune.experiments.result import Pair, PlanRow, Ranking, StudyResult
 from muxtune.spec.files import write_text
 from muxtune.spec.units import format_bytes, format_ns

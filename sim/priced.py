@@ -23,13 +23,17 @@ GRADIENT_BYTES = NORM_BYTES = 4
 
 @noun
 class Priced:
-    """One instruction. `duration_ns` leaves out waiting; send and recv name a `channel`, a step its `meeting`."""
+    """One instruction. `duration_ns` leaves out waiting; send and recv name a `channel`, a step its `meeting`.
+
+    `joules` are its operators' energy above idle.
+    """
 
     op: OpName
     duration_ns: int
     channel: int = -1
     meeting: int = -1
     run: StageRun | None = None
+    joules: float = 0.0
 
 
 @noun
@@ -148,7 +152,8 @@ class _Pricing:
         self.ledger.add_sum(run.costs)
         self.host_bound_ns += run.host_bound_ns
         self.exposed_ns += run.exposed_ns
-        return Priced(op=x.op, duration_ns=overhead.p50_ns + overhead.host_ns + run.duration_ns, run=run)
+        duration_ns = overhead.p50_ns + overhead.host_ns + run.duration_ns
+        return Priced(op=x.op, duration_ns=duration_ns, run=run, joules=overhead.joules + run.costs.joules)
 
     def _transfer(self, rank: int, x: Instruction) -> Priced:
         """A send or recv: host work on the rank; the send also prices the message on its link."""
@@ -160,7 +165,8 @@ class _Pricing:
             self.transfers_ns.append([])
         if x.op == "send":
             self.transfers_ns[channel].append(self._message_ns(x.size_bytes, self.plan.cluster.link(rank, x.peer)))
-        return Priced(op=x.op, duration_ns=self._alone_ns(message(x.op, x.size_bytes)), channel=channel)
+        handed = self._alone(message(x.op, x.size_bytes))
+        return Priced(op=x.op, duration_ns=alone_ns(handed, self.device), channel=channel, joules=handed.joules)
 
     def _step(self, rank: int, x: Instruction) -> Priced:
         """The optimizer step of a task: gradients summed over the ranks that hold the same parameters, then its adapters."""
@@ -168,7 +174,8 @@ class _Pricing:
         instance = self.plan.instances[x.key.instance]
         context = self._site(rank, x.key.instance).context
         parameters, tensors = adapter_sizes(context, x.task)
-        duration_ns = self._alone_ns(adamw(parameters, tensors))
+        update = self._alone(adamw(parameters, tensors))
+        duration_ns = alone_ns(update, self.device)
         layout, here = instance.layout, instance.devices.index(rank)
         replicated = replicated_parameters(context, x.task)
         duration_ns += self._sum_ns(instance, replicated * GRADIENT_BYTES, layout.stage_peers(here))
@@ -181,7 +188,7 @@ class _Pricing:
         if meeting == len(self.meeting_ranks):
             self.meeting_ranks.append(0)
         self.meeting_ranks[meeting] += 1
-        return Priced(op="step", duration_ns=duration_ns, meeting=meeting)
+        return Priced(op="step", duration_ns=duration_ns, meeting=meeting, joules=update.joules)
 
     def _sum_ns(self, instance: Instance, size_bytes: int, group: Sequence[int]) -> int:
         """An all-reduce over some ranks of an instance; nothing for one rank or no bytes."""
@@ -199,11 +206,11 @@ class _Pricing:
         self.ledger.add("p2p", found)
         return found.p50_ns
 
-    def _alone_ns(self, op: Op) -> int:
-        """Time of an operator with nothing beside it."""
+    def _alone(self, op: Op) -> Cost:
+        """Cost of an operator with nothing beside it."""
         found = self.cost.latency(op, self.device)
         self.ledger.add(op.family, found)
-        return alone_ns(found, self.device)
+        return found
 
     def _site(self, rank: int, instance: int) -> Site:
         if (rank, instance) not in self.sites:

@@ -1,4 +1,4 @@
-"""From instruction times to a Timeline: spans of instructions and of the subgraphs inside them, and memory samples."""
+"""From instruction times to a Timeline: spans of instructions and of the subgraphs inside them, memory and power samples."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from muxtune.spec.catalogue import Subgraph, stage_subgraphs
 from muxtune.spec.memory import MemoryWalk
 from muxtune.spec.plan import Plan
 from muxtune.spec.program import Bound, Instruction, UnitWork
-from muxtune.spec.timeline import MemorySample, Span, Stream, Timeline, span_op
+from muxtune.spec.timeline import MemorySample, PowerSample, Span, Stream, Timeline, span_op
+from muxtune.spec.units import NS_PER_S
 
 
 def record(bound: Bound, priced: PricedProgram, times: RunTimes, *, detailed: bool) -> Timeline:
-    """The predicted Timeline; `detailed` adds subgraph spans, memory and the Program's digest."""
+    """The predicted Timeline; `detailed` adds subgraph spans, memory, power and the Program's digest."""
     program = bound.program
     recorder = _Recorder(bound)
     spans: list[Span] = []
@@ -33,6 +34,7 @@ def record(bound: Bound, priced: PricedProgram, times: RunTimes, *, detailed: bo
         steps=program.steps,
         spans=tuple(spans),
         memory=tuple(sample for rank in samples for sample in rank),
+        power=power_samples(priced, times, bound.plan.cluster.device.idle_w) if detailed else (),
         peak_bytes=tuple(max(s.in_use_bytes for s in rank) for rank in samples) if detailed else None,
     )
 
@@ -58,6 +60,7 @@ class _Recorder:
             tasks=tasks,
             start_ns=start_ns,
             end_ns=end_ns,
+            tag=x.tag,
         )
 
     def subgraph_spans(self, whole: Span, cost: Priced) -> Iterator[Span]:
@@ -78,6 +81,7 @@ class _Recorder:
                 start_ns=base_ns + span.start_ns,
                 end_ns=base_ns + span.end_ns,
                 subgraph=span.subgraph,
+                host_wait_ns=span.inner_ns,
             )
 
     def _names(self, whole: Span) -> tuple[Subgraph, ...]:
@@ -101,3 +105,23 @@ def memory_samples(bound: Bound, place: int, times: RunTimes) -> list[MemorySamp
             if in_use_bytes != samples[-1].in_use_bytes:
                 samples.append(MemorySample(rank=listing.rank, time_ns=time_ns, in_use_bytes=in_use_bytes))
     return samples
+
+
+def power_samples(priced: PricedProgram, times: RunTimes, idle_w: float) -> tuple[PowerSample, ...]:
+    """Watts of every rank: idle, and each instruction's joules spread over its own time (waiting left out).
+
+    Empty where the cost model has no energy figures.
+    """
+    if priced.costs.joules <= 0:
+        return ()
+    samples: list[PowerSample] = []
+    for listing, moments in zip(priced.ranks, times, strict=True):
+        now = [(0, idle_w)]
+        for cost, (_, end_ns) in zip(listing.instructions, moments, strict=True):
+            if cost.joules and cost.duration_ns:
+                watts = idle_w + cost.joules * NS_PER_S / cost.duration_ns
+                now += [(end_ns - cost.duration_ns, watts), (end_ns, idle_w)]
+        # Of several samples at one moment the last one holds.
+        for time_ns, watts in dict(now).items():
+            samples.append(PowerSample(rank=listing.rank, time_ns=time_ns, watts=watts))
+    return tuple(samples)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -19,12 +20,14 @@ from muxtune.spec.align import count_tokens
 from muxtune.spec.bind import bind
 from muxtune.spec.check import require_valid
 from muxtune.spec.errors import InputError
-from muxtune.spec.estimate import Estimate, TaskStep
+from muxtune.spec.estimate import Estimate, Share, TaskStep
+from muxtune.spec.flops import useful_flops
 from muxtune.spec.memory import rank_peaks
 from muxtune.spec.metrics import bubble_fraction, task_step_ns
 from muxtune.spec.noun import noun
 from muxtune.spec.plan import Plan
 from muxtune.spec.program import Bound
+from muxtune.spec.stalls import BUSY, Clocks, fractions, rank_times
 from muxtune.spec.timeline import Timeline
 from muxtune.spec.units import NS_PER_S
 
@@ -115,6 +118,8 @@ def _summary(runs: Sequence[_Run], cost: CostModel) -> Estimate:
         ledger.add_sum(run.priced.costs)
     costs = ledger.sum()
     raw, billed, processed, truncated = (round(statistics.fmean(n)) for n in zip(*map(_tokens, runs), strict=True))
+    shares = fractions(t for r in runs for t in rank_times(r.timeline, _clocks(r.priced)))
+    energy = _energy_j(runs, costs.joules)
     return Estimate(
         iteration_ns=round(mean_ns),
         spread=statistics.stdev(iterations_ns) / mean_ns if len(runs) > 1 else 0.0,
@@ -130,10 +135,38 @@ def _summary(runs: Sequence[_Run], cost: CostModel) -> Estimate:
         host_bound_fraction=sum(r.priced.host_bound_ns for r in runs) / device_ns,
         extrapolated_fraction=costs.extrapolated_ns / costs.p50_ns if costs.p50_ns else 0.0,
         relative_error=costs.relative_error,
-        energy_j=_energy_j(runs, costs.joules),
+        energy_j=None if energy is None else sum(energy),
         cost_model=cost.model_id,
         calibrated=cost.calibrated,
+        utilisation=sum(fraction for place, (_, fraction) in enumerate(shares) if place in BUSY),
+        mfu=_mfu(runs, "raw", device_ns),
+        mfu_billed=_mfu(runs, "billed", device_ns),
+        stalls=tuple(Share(cause=cause, fraction=fraction) for cause, fraction in shares),
+        energy_idle_j=None if energy is None else energy[0],
+        energy_dynamic_j=None if energy is None else energy[1],
     )
+
+
+def _clocks(priced: PricedProgram) -> Clocks:
+    """Compute and exposed communication inside every forward and backward; equal clocks are one run."""
+    known: dict[int, tuple[int, int]] = {}
+    found: dict[tuple[int, int], tuple[int, int]] = {}
+    for listing in priced.ranks:
+        for index, x in enumerate(listing.instructions):
+            if x.run is not None:
+                if id(x.run) not in known:
+                    known[id(x.run)] = (x.run.compute_ns, x.run.exposed_ns)
+                found[listing.rank, index] = known[id(x.run)]
+    return found
+
+
+def _mfu(runs: Sequence[_Run], tokens: Literal["raw", "billed"], device_ns: int) -> float:
+    """Useful flops over what the ranks' peak would do in their time."""
+    useful = sum(
+        useful_flops(r.bound.plan.workload, (b for w in r.bound.program.units for b in w.batches), tokens) for r in runs
+    )
+    plan = runs[0].bound.plan
+    return useful * NS_PER_S / (plan.cluster.device.peak_flops(plan.workload.model.dtype) * device_ns)
 
 
 def _per_task(timelines: Sequence[Timeline]) -> tuple[TaskStep, ...]:
@@ -151,8 +184,8 @@ def _peak_bytes(runs: Sequence[_Run]) -> tuple[int, ...]:
     return tuple(max(rank) for rank in zip(*peaks, strict=True))
 
 
-def _energy_j(runs: Sequence[_Run], joules: float) -> float | None:
-    """Energy of one iteration: operators above idle, and idle watts of every rank all the time.
+def _energy_j(runs: Sequence[_Run], joules: float) -> tuple[float, float] | None:
+    """Energy of one iteration: idle watts of every rank all the time, and operators above idle.
 
     None where the cost model has no energy figures.
     """
@@ -161,7 +194,8 @@ def _energy_j(runs: Sequence[_Run], joules: float) -> float | None:
     idle_j = sum(
         len(r.timeline.ranks) * r.bound.plan.cluster.device.idle_w * r.timeline.makespan_ns / NS_PER_S for r in runs
     )
-    return (joules + idle_j) / sum(r.timeline.steps for r in runs)
+    steps = sum(r.timeline.steps for r in runs)
+    return idle_j / steps, joules / steps
 
 
 def _tokens(run: _Run) -> tuple[float, float, float, float]:

@@ -40,6 +40,11 @@ class StageRun:
     events: int
     slowed_ns: int = 0
 
+    @property
+    def compute_ns(self) -> int:
+        """Time in which the compute stream computes: its spans without their waits for the host."""
+        return sum(s.end_ns - s.start_ns - s.inner_ns for s in self.spans if s.stream == "compute")
+
 
 @noun
 class Site:

@@ -53,7 +53,8 @@ class Turn:
 class StageSpan:
     """When a subgraph ran, relative to the start of the clock.
 
-    `stall_ns` of it were added by waiting for the host, `slowed_ns` by collectives beside it.
+    `stall_ns` were added by waiting for the host, of which `inner_ns` lie between its start and its end and the others before
+    its start; `slowed_ns` of it were added by collectives beside it.
     """
 
     htask: int
@@ -63,6 +64,7 @@ class StageSpan:
     end_ns: int
     stall_ns: int = 0
     slowed_ns: int = 0
+    inner_ns: int = 0
 
 
 #: Blocks in launch order → (their spans in the same order, simulated events).
@@ -93,6 +95,7 @@ def span_of(block: Block, turn: Turn, end_ns: int) -> StageSpan:
         end_ns=end_ns,
         stall_ns=turn.stall_ns,
         slowed_ns=end_ns - turn.start_ns - turn.alone_ns,
+        inner_ns=turn.alone_ns - block.device_ns,
     )
 
 

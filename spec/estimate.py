@@ -15,12 +15,25 @@ class TaskStep:
 
 
 @noun
+class Share:
+    """A cause of spec/stalls.py and its share of device-time."""
+
+    cause: str
+    fraction: float
+
+
+@noun
 class Estimate:
     """One Program's figures. Rates count over `iteration_ns` = Program time / optimizer steps.
 
     `spread` is the relative standard deviation of iteration_ns over draws; token counts are per iteration, averaged over
     the draws. Fractions are of device-time (ranks × Program time), except
     `extrapolated_fraction` (of predicted time). `relative_error` is propagated from the cost model.
+
+    `utilisation` is the share in which a rank computes (forward, backward, step); `stalls` adds up to 1 and has it in
+    its parts. `mfu` is useful flops (spec/flops.py) at raw lengths over the peak of the backbone's dtype: padding is not
+    useful. `mfu_billed` counts billed lengths (the paper's effective tokens), and may pass 1 where less than these is computed. `energy_j` = idle + dynamic energy of one iteration on the ranks that the plan uses; links take none.
+    None: not known (no energy figures, or a plan file from before the field).
     """
 
     iteration_ns: int
@@ -40,6 +53,17 @@ class Estimate:
     energy_j: float | None
     cost_model: str
     calibrated: bool
+    utilisation: float | None = None
+    mfu: float | None = None
+    mfu_billed: float | None = None
+    stalls: tuple[Share, ...] = ()
+    energy_idle_j: float | None = None
+    energy_dynamic_j: float | None = None
+
+    @property
+    def joules_per_billed_token(self) -> float | None:
+        """Energy of one iteration over its billed tokens."""
+        return None if self.energy_j is None or not self.billed_tokens else self.energy_j / self.billed_tokens
 
     def rate_per_s(self, tokens: int) -> float:
         """Tokens per second at this iteration time."""

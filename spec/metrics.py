@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from muxtune.spec.intervals import length, overlap, union
 from muxtune.spec.noun import noun
+from muxtune.spec.stalls import StepBegins, step_begin_ns
 from muxtune.spec.timeline import Span, Timeline
 
 #: Ops that are work of the device itself; waiting in a recv is not.
@@ -12,24 +14,34 @@ BUSY_OPS = ("forward", "backward", "step")
 
 
 def busy_ns(timeline: Timeline, rank: int) -> int:
-    """Time in which a rank computes (forward, backward, step)."""
-    return sum(s.duration_ns for s in timeline.instruction_spans(rank) if s.op in BUSY_OPS)
+    """Time in which a rank runs a forward, a backward or a step; what a step waits for other ranks is left out."""
+    begin_ns = step_begin_ns(timeline.spans)
+    return sum(_busy_ns(s, begin_ns) for s in timeline.instruction_spans(rank))
 
 
 def bubble_fraction(timeline: Timeline) -> float:
-    """Share of device-time in which a rank neither computes nor moves data that nobody hides: 1 − busy / (ranks · makespan)."""
-    ranks = timeline.ranks
-    busy = sum(busy_ns(timeline, r) for r in ranks)
-    return max(0.0, 1.0 - busy / (len(ranks) * timeline.makespan_ns)) if timeline.makespan_ns else 0.0
+    """Share of device-time outside forwards, backwards and steps: 1 − busy / (ranks · makespan)."""
+    begin_ns = step_begin_ns(timeline.spans)
+    busy = sum(_busy_ns(s, begin_ns) for s in timeline.spans if s.subgraph < 0)
+    total = len(timeline.ranks) * timeline.makespan_ns
+    return max(0.0, 1.0 - busy / total) if total else 0.0
+
+
+def _busy_ns(span: Span, begin_ns: StepBegins) -> int:
+    if span.op not in BUSY_OPS:
+        return 0
+    start_ns = begin_ns[span.key, span.tasks] if span.op == "step" else span.start_ns
+    return max(0, span.end_ns - start_ns)
 
 
 def exposed_comm_fraction(timeline: Timeline) -> float:
     """Share of device-time in the communication stream while the rank's compute stream is idle."""
     exposed = 0
     for rank in timeline.ranks:
-        comm = _merged([s for s in timeline.spans if s.rank == rank and s.stream == "comm"])
-        compute = _merged([s for s in timeline.spans if s.rank == rank and s.stream == "compute" and s.subgraph >= 0])
-        exposed += sum(e - s for s, e in comm) - _overlap(comm, compute)
+        inner = [s for s in timeline.spans if s.rank == rank and s.subgraph >= 0]
+        comm = union((s.start_ns, s.end_ns) for s in inner if s.stream == "comm")
+        compute = union((s.start_ns, s.end_ns) for s in inner if s.stream == "compute")
+        exposed += length(comm) - overlap(comm, compute)
     total = len(timeline.ranks) * timeline.makespan_ns
     return exposed / total if total else 0.0
 
@@ -74,27 +86,6 @@ def _cause(predicted: Timeline, measured: Timeline, name: str, ops: Sequence[str
         return sum(s.duration_ns for s in timeline.spans if s.subgraph < 0 and s.op in ops)
 
     return CauseError(cause=name, predicted_ns=round(scale * total(predicted)), measured_ns=total(measured))
-
-
-def _merged(spans: Sequence[Span]) -> list[tuple[int, int]]:
-    merged: list[tuple[int, int]] = []
-    for start, end in sorted((s.start_ns, s.end_ns) for s in spans):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((start, end))
-    return merged
-
-
-def _overlap(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]]) -> int:
-    total = i = j = 0
-    while i < len(a) and j < len(b):
-        total += max(0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
-        if a[i][1] <= b[j][1]:
-            i += 1
-        else:
-            j += 1
-    return total
 
 
 def kendall_tau_b(first: Sequence[float], second: Sequence[float]) -> float | None:

@@ -15,7 +15,9 @@ Stream = Literal["compute", "comm", "host", "p2p"]
 class Span:
     """One instruction (or, inside it, one launched subgraph: `subgraph` ≥ 0) on one stream of one rank.
 
-    `index` is the instruction's place in the rank's list. Times are relative to the start of the Program.
+    `index` is the instruction's place in the rank's list. Times are relative to the start of the Program. `tag` is the
+    message of a send or recv, the same at both ends. `host_wait_ns` of a subgraph's time is known to be waiting for kernels
+    that the host has not issued.
     """
 
     rank: int
@@ -27,6 +29,8 @@ class Span:
     start_ns: int
     end_ns: int
     subgraph: int = -1
+    tag: int | None = None
+    host_wait_ns: int = 0
 
     @property
     def duration_ns(self) -> int:
@@ -44,10 +48,20 @@ class MemorySample:
 
 
 @noun
+class PowerSample:
+    """Watts that a rank draws from `time_ns` on: idle, and the operators of the instruction that runs, spread over it."""
+
+    rank: int
+    time_ns: int
+    watts: float
+
+
+@noun
 class Timeline:
     """What a Program did, predicted (`sim`) or measured (`executor`).
 
-    `peak_bytes` has one entry a rank, in rank order; None where the run did not measure memory.
+    `power` is empty where there are no energy figures. `peak_bytes` has one entry a rank, in rank order; None where the
+    run did not measure memory.
     """
 
     source: Literal["sim", "executor"]
@@ -56,6 +70,7 @@ class Timeline:
     steps: int
     spans: tuple[Span, ...]
     memory: tuple[MemorySample, ...] = ()
+    power: tuple[PowerSample, ...] = ()
     peak_bytes: tuple[int, ...] | None = None
     provenance: Provenance = Provenance()
 

@@ -47,7 +47,8 @@ class Broken(Policy):
 ROW_KEYS = {
     *("policy", "feasible", "reason", "iteration_ns", "raw_tokens_per_s", "billed_tokens_per_s"),
     *("processed_tokens_per_s", "peak_bytes", "bubble_fraction", "exposed_comm_fraction", "energy_j"),
-    *("extrapolated_fraction", "relative_error", "plan_seconds", "solver"),
+    *("extrapolated_fraction", "relative_error", "plan_seconds", "solver", "utilisation", "mfu", "stalls"),
+    *("joules_per_billed_token", "energy_idle_j", "energy_dynamic_j"),
 }
 
 
@@ -212,6 +213,9 @@ def test_plan_check_simulate_compare(folder, capsys):
     assert set(simulated["per_task"]) == {"a", "b", "c"}
     assert json.loads(Path("trace.json").read_text())["traceEvents"]
     assert json.loads(Path("sim/simulate.json").read_text())["timeline_digest"] == simulated["timeline_digest"]
+    drawn = {path.name for path in Path("sim").glob("*.svg")}
+    assert drawn == {"pipeline.svg", "clock.svg", "memory.svg", "stalls.svg"}
+    assert sum(simulated["stalls"].values()) == pytest.approx(1)
     compared = run_json(capsys, "compare", *PLAN[1:5], "--policies", "hf-peft,muxtune", "--out", "cmp")
     assert {"workload", "cluster", "cost_model", "rows"} <= set(compared)
     assert compared["cost_model"] == {"id": "roofline", "calibrated": False}

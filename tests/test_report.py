@@ -8,9 +8,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from muxtune.experiments import plots
 from muxtune.experiments.commands.report import PAIRS, RESULT, read_study, run, write_pairs
 from muxtune.experiments.console import json_text
+from muxtune.experiments.plots import study as plots
+from muxtune.experiments.plots.lanes import LANE_KINDS
 from muxtune.experiments.report import headline, write_report
 from muxtune.experiments.result import Pair, PlanRow, Ranking, StudyResult
 from muxtune.policies.base import make_policy
@@ -279,7 +280,7 @@ def test_gantt_lanes_hold_every_forward_and_backward(study):
 
 
 def rgb(kind):
-    colour = next(c for name, _, c in plots.LANE_KINDS if name == kind)
+    colour = next(c for name, _, c in LANE_KINDS if name == kind)
     return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -11,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
-from muxtune.spec.chrome import chrome_trace
 from muxtune.spec.estimate import Estimate
 from muxtune.spec.metrics import (
     bubble_fraction,
@@ -22,7 +20,7 @@ from muxtune.spec.metrics import (
     task_step_ns,
 )
 from muxtune.spec.program import Instruction, UnitKey
-from muxtune.spec.timeline import MemorySample, Span, Timeline, span_op
+from muxtune.spec.timeline import Span, Timeline, span_op
 
 
 def span(op: str, start: int, end: int, *, rank: int = 0, step: int = 0, tasks: Any = ("a",), **more: Any) -> Span:
@@ -119,26 +117,6 @@ def test_span_names() -> None:
     key = UnitKey(step=0, instance=0, bucket=0, unit=0)
     assert span_op(Instruction(op="recv", key=key, payload="gradient")) == "recv_gradient"
     assert span_op(Instruction(op="step", key=key, task="a")) == "step"
-
-
-def test_chrome_trace_has_an_event_a_span() -> None:
-    with_memory = Timeline(
-        source="sim",
-        program_digest="x",
-        seed=0,
-        steps=1,
-        spans=TWO_RANKS.spans,
-        memory=(MemorySample(rank=1, time_ns=2500, in_use_bytes=7),),
-    )
-    events = json.loads(json.dumps(chrome_trace([("sim", with_memory), ("run", TWO_RANKS)])))["traceEvents"]
-    work = [e for e in events if e["ph"] == "X"]
-    assert len(work) == 2 * len(TWO_RANKS.spans)
-    assert {e["pid"] for e in work} == {1, 2}
-    first = next(e for e in work if e["pid"] == 1 and e["ts"] == 0.008)
-    assert (first["dur"], first["name"], first["args"]["tasks"]) == (0.002, "backward i0 b0 u0", "a")
-    assert [(e["ts"], e["args"]) for e in events if e["ph"] == "C"] == [(2.5, {"bytes": 7})]
-    named = {(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name"}
-    assert named == {(e["pid"], e["tid"]) for e in work}
 
 
 def test_rates(tiny_state: Any, hand_plan: Any) -> None:

@@ -11,7 +11,14 @@ from typing import Any
 from muxtune.experiments.commands.inputs import Progress, output_folder, silent
 from muxtune.experiments.commands.plan import timed_plan
 from muxtune.experiments.commands.problem import Options, problem_text, read_problem
-from muxtune.experiments.commands.rows import UNCALIBRATED, Alone, feasible_row, figures_table, infeasible_row
+from muxtune.experiments.commands.rows import (
+    UNCALIBRATED,
+    Alone,
+    feasible_row,
+    figures_table,
+    infeasible_row,
+    time_table,
+)
 from muxtune.experiments.console import json_text, render
 from muxtune.policies.base import Policy, SystemState, make_policy, policies
 from muxtune.spec.errors import InputError, MuxtuneError
@@ -98,7 +105,7 @@ def show(body: dict[str, Any]) -> str:
     feasible = [r for r in body["rows"] if r["feasible"]]
     parts: list[Any] = [problem_text(body)]
     if feasible:
-        parts += [figures_table(feasible, body["best"]), "* fastest"]
+        parts += [figures_table(feasible, body["best"]), "* fastest", time_table(feasible)]
     if body["unresolved"]:
         parts.append(f"within the cost model's error of {body['best']}: {', '.join(body['unresolved'])}")
     parts += [f"{r['policy']}: no plan: {r['reason']}" for r in body["rows"] if not r["feasible"]]

@@ -27,6 +27,7 @@ FIGURES = (
     *("peak_bytes", "peak_bytes_per_rank", "bubble_fraction", "exposed_comm_fraction", "host_bound_fraction"),
     *("energy_j", "truncated_tokens", "extrapolated_fraction", "relative_error", "plan_seconds", "solver"),
     *("plan_digest", "per_task"),
+    *("utilisation", "mfu", "mfu_billed", "stalls", "joules_per_billed_token", "energy_idle_j", "energy_dynamic_j"),
 )
 
 
@@ -35,8 +36,10 @@ def feasible_row(policy: str, plan: Plan, found: Estimate, per_task: dict[str, A
     rates = {f"{kind}_per_s": found.rate_per_s(getattr(found, kind)) for kind in _TOKENS}
     same = ("iteration_ns", "spread", "draws", "bubble_fraction", "exposed_comm_fraction", "host_bound_fraction")
     more = ("energy_j", "truncated_tokens", "extrapolated_fraction", "relative_error")
+    last = ("utilisation", "mfu", "mfu_billed", "joules_per_billed_token", "energy_idle_j", "energy_dynamic_j")
     figures: dict[str, Any] = {
-        **{name: getattr(found, name) for name in (*same, *more)},
+        **{name: getattr(found, name) for name in (*same, *more, *last)},
+        "stalls": {share.cause: share.fraction for share in found.stalls},
         **rates,
         "peak_bytes": max(found.peak_bytes),
         "peak_bytes_per_rank": list(found.peak_bytes),
@@ -117,12 +120,36 @@ def percent(value: float | None) -> str:
 
 def figures_table(rows: Sequence[dict[str, Any]], best: str | None = None) -> Any:
     """Feasible rows as a table; the best one carries a star."""
-    names = ["policy", "iteration", "billed tok/s", "processed tok/s", "peak mem", "bubble", "exposed comm"]
-    names += ["energy J", "extrapolated", "model error", "plan s"]
-    return table(names, [_cells(row, best) for row in rows])
+    names = ["policy", "iteration", "billed tok/s", "processed tok/s", "peak mem", "J/billed tok", "model error"]
+    if any(row["extrapolated_fraction"] for row in rows):
+        names.append("extrapolated")
+    return table([*names, "plan s"], [_cells(row, best, "extrapolated" in names) for row in rows])
 
 
-def _cells(row: dict[str, Any], best: str | None) -> list[str]:
+#: Headings of the causes in tables.
+CAUSE_NAMES = {
+    "compute": "compute",
+    "exposed_collective": "collectives",
+    "p2p_wait": "p2p",
+    "pipeline_bubble": "bubble",
+    "host_wait": "host",
+    "optimizer_step": "step",
+    "unexplained": "unexplained",
+}
+
+
+def time_table(rows: Sequence[dict[str, Any]]) -> Any:
+    """Where the device-time of feasible rows goes: the causes add up to 100 %."""
+    causes = [c for c in CAUSE_NAMES if c != "unexplained" or any(r["stalls"].get(c) for r in rows)]
+    names = ["device time", *(CAUSE_NAMES[c] for c in causes), "utilisation", "MFU"]
+    cells = [
+        [r["policy"], *(percent(r["stalls"].get(c)) for c in causes), percent(r["utilisation"]), percent(r["mfu"])]
+        for r in rows
+    ]
+    return table(names, cells)
+
+
+def _cells(row: dict[str, Any], best: str | None, extrapolated: bool) -> list[str]:
     spread = f" ±{100 * row['spread']:.1f} %" if row["spread"] else ""
     return [
         row["policy"] + (" *" if row["policy"] == best else ""),
@@ -130,13 +157,19 @@ def _cells(row: dict[str, Any], best: str | None) -> list[str]:
         f"{row['billed_tokens_per_s']:,.0f}",
         f"{row['processed_tokens_per_s']:,.0f}",
         format_bytes(row["peak_bytes"]),
-        percent(row["bubble_fraction"]),
-        percent(row["exposed_comm_fraction"]),
-        "-" if row["energy_j"] is None else f"{row['energy_j']:,.1f}",
-        percent(row["extrapolated_fraction"]),
+        "-" if row["joules_per_billed_token"] is None else f"{row['joules_per_billed_token']:.3g}",
         percent(row["relative_error"]),
+        *([percent(row["extrapolated_fraction"])] if extrapolated else []),
         f"{row['plan_seconds']:.2f}",
     ]
+
+
+def energy_text(row: dict[str, Any]) -> str:
+    """Energy of one iteration, idle and dynamic."""
+    if row["energy_j"] is None:
+        return "energy: the cost model has no figures"
+    parts = f"{row['energy_idle_j']:,.1f} J idle, {row['energy_dynamic_j']:,.1f} J dynamic"
+    return f"energy of an iteration {row['energy_j']:,.1f} J: {parts} (data sheet watts, links left out)"
 
 
 def task_table(per_task: dict[str, Any]) -> Any:

@@ -2,113 +2,54 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import re
-import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
+from muxtune.experiments.plots.lanes import draw_lanes, legend_handles
+from muxtune.experiments.plots.style import MEASURED, PALETTE, PREDICTED, draw, short
 from muxtune.experiments.result import Pair, PlanRow
 from muxtune.sim.cost.table import FamilyError
-from muxtune.spec.timeline import Span, Timeline
 from muxtune.spec.units import GIB, MIB, NS_PER_MS, format_ns
 
-#: Okabe and Ito's colours, which colour-blind readers can tell apart, and two of Tol's.
-PALETTE = (
-    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
-    *("#882255", "#999933", "#7F7F7F"),
-)
-PREDICTED, MEASURED = "#56B4E9", "#E69F00"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 FILLS = ("full", "none", "left", "top", "right", "bottom")
 BAND = 0.10
 #: Where measurements lie further apart than this factor, axes are logarithmic.
 LOG_FACTOR = 8.0
 
-#: What a lane shows, in legend order: (name, ops, colour).
-LANE_KINDS = (
-    ("forward", ("forward",), "#56B4E9"),
-    ("backward", ("backward",), "#E69F00"),
-    ("optimizer step", ("step",), "#009E73"),
-    ("send", ("send_activation", "send_gradient"), "#CC79A7"),
-    ("wait and receive", ("recv_activation", "recv_gradient"), "#D9D9D9"),
-)
-LABEL_POINTS = 6.5
-#: Width of a digit of the label font in ems, generously.
-DIGIT_EMS = 0.68
-
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "font.family": "DejaVu Sans",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "grid.color": "#E5E5E5",
-    "legend.frameon": False,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "muxtune",
-    "text.parse_math": False,
-}
-
 
 def scatter(rows: Sequence[PlanRow]) -> str:
     """Predicted against measured iteration time: colour is the policy, marker the layout, filling the workload."""
-    with matplotlib.rc_context(STYLE):
-        return _svg(_scatter(rows)) if rows else ""
+    return draw(lambda: _scatter(rows)) if rows else ""
 
 
 def pipeline(pair: Pair) -> str:
     """Two Gantt charts on one time axis, predicted above measured; one lane a rank."""
-    with matplotlib.rc_context(STYLE):
-        return _svg(_pipeline(pair))
+    return draw(lambda: _pipeline(pair))
 
 
 def families(errors: Sequence[FamilyError]) -> str:
     """Held-out error of each operator family, largest first."""
-    with matplotlib.rc_context(STYLE):
-        return _svg(_families(errors)) if errors else ""
+    return draw(lambda: _families(errors)) if errors else ""
 
 
 def causes(rows: Sequence[PlanRow]) -> str:
     """Device time by cause, summed over plans, predicted beside measured."""
-    with matplotlib.rc_context(STYLE):
-        return _svg(_causes(rows)) if any(r.causes for r in rows) else ""
+    return draw(lambda: _causes(rows)) if any(r.causes for r in rows) else ""
 
 
 def memory(rows: Sequence[PlanRow]) -> str:
     """Peak memory of the fullest rank of each plan, predicted beside measured."""
-    with matplotlib.rc_context(STYLE):
-        return _svg(_memory(rows)) if rows else ""
-
-
-def _svg(figure: Figure) -> str:
-    """SVG without prolog, comments, metadata; ids carry a prefix, so that several pictures can stand in one page."""
-    file = io.StringIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    text = re.sub(r"<!--.*?-->\n?", "", file.getvalue()[file.getvalue().index("<svg") :], flags=re.DOTALL)
-    prefix = "p" + hashlib.sha256(text.encode()).hexdigest()[:8] + "-"
-    return re.sub(r'(\bid="|href="#|url\(#)', lambda m: m.group(1) + prefix, text)
+    return draw(lambda: _memory(rows)) if rows else ""
 
 
 def _distinct(values: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(values))
-
-
-def _short(text: str, limit: int = 44) -> str:
-    """A name that cannot run over its neighbours."""
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def _scatter(rows: Sequence[PlanRow]) -> Figure:
@@ -160,7 +101,7 @@ def _diagonal(axes: Axes, values_ms: Sequence[float]) -> None:
 
 def _scatter_legend(policies: Sequence[str], layouts: Sequence[str], workloads: Sequence[str]) -> list[Line2D | Patch]:
     def dot(label: str, **style: object) -> Line2D:
-        return Line2D([], [], linestyle="none", markersize=6, label=_short(label, 36), **style)  # type: ignore[arg-type]
+        return Line2D([], [], linestyle="none", markersize=6, label=short(label, 36), **style)  # type: ignore[arg-type]
 
     def heading(label: str) -> Patch:
         return Patch(facecolor="none", edgecolor="none", label=f"{label}:")
@@ -191,46 +132,13 @@ def _pipeline(pair: Pair) -> Figure:
     end_ms = max(predicted.makespan_ns, pair.measured.makespan_ns) / NS_PER_MS
     points_per_ms = 72 * 11.0 * (0.99 - 0.055) / end_ms
     for axes, name, timeline in ((top, "predicted", predicted), (bottom, "measured", pair.measured)):
-        _lanes(axes, timeline, points_per_ms)
+        draw_lanes(axes, timeline, [(f"rank {r}", r) for r in timeline.ranks], points_per_ms)
         steps = f" for {timeline.steps} steps" if timeline.steps > 1 else ""
         axes.set_title(f"{name}: {format_ns(timeline.makespan_ns)}{steps}", fontsize=9)
     bottom.set_xlim(0, 1.004 * end_ms)
     bottom.set_xlabel("time (ms)")
-    handles = [Patch(facecolor=colour, label=name) for name, _, colour in LANE_KINDS]
-    handles.append(Patch(facecolor="white", edgecolor="#BBBBBB", label="idle"))
-    note = "numbers: bucket.unit" if _instances(pair) < 2 else "numbers: instance:bucket.unit"
-    handles.append(Patch(facecolor="none", edgecolor="none", label=note))
-    figure.legend(handles=handles, loc="lower center", ncols=7, fontsize=8)
+    figure.legend(handles=legend_handles(predicted), loc="lower center", ncols=7, fontsize=8)
     return figure
-
-
-def _instances(pair: Pair) -> int:
-    return len({s.key.instance for s in pair.predicted.spans})
-
-
-def _lanes(axes: Axes, timeline: Timeline, points_per_ms: float) -> None:
-    origin_ns = min(s.start_ns for s in timeline.spans)
-    several = len({s.key.instance for s in timeline.spans}) > 1
-    for place, rank in enumerate(timeline.ranks):
-        spans = timeline.instruction_spans(rank)
-        for _, ops, colour in LANE_KINDS:
-            boxes = [_box(s, origin_ns) for s in spans if s.op in ops]
-            wide = [b for b in boxes if b[1] * points_per_ms > 0.15]
-            axes.broken_barh(wide, (place - 0.42, 0.84), facecolors=colour, edgecolor="white", linewidth=0.3)
-        for span in spans:
-            start_ms, width_ms = _box(span, origin_ns)
-            label = f"{span.key.instance}:" * several + f"{span.key.bucket}.{span.key.unit}"
-            fits = width_ms * points_per_ms > len(label) * DIGIT_EMS * LABEL_POINTS
-            if span.op in ("forward", "backward") and fits:
-                middle = (start_ms + width_ms / 2, place)
-                axes.text(*middle, label, ha="center", va="center", fontsize=LABEL_POINTS, clip_on=True)
-    axes.set_yticks(range(len(timeline.ranks)), [f"rank {r}" for r in timeline.ranks])
-    axes.set_ylim(len(timeline.ranks) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
-
-
-def _box(span: Span, origin_ns: int) -> tuple[float, float]:
-    return (span.start_ns - origin_ns) / NS_PER_MS, span.duration_ns / NS_PER_MS
 
 
 def _families(errors: Sequence[FamilyError]) -> Figure:
@@ -246,7 +154,7 @@ def _families(errors: Sequence[FamilyError]) -> Figure:
         axes.annotate(
             f"{value}  (n={error.points})", (shown[place], place), (4, 0), textcoords="offset points", va="center"
         )
-    axes.set_yticks(range(len(ordered)), [_short(e.family) for e in ordered])
+    axes.set_yticks(range(len(ordered)), [short(e.family) for e in ordered])
     axes.set_ylim(len(ordered) - 0.5, -0.5)
     axes.set_xlim(0, max(max(shown), 1.0) * 1.3)
     axes.set_xlabel("mean absolute error at points left out of the fit (%)")
@@ -270,7 +178,7 @@ def _memory(rows: Sequence[PlanRow]) -> Figure:
     ]
     unit, unit_bytes = ("GiB", GIB) if max(map(max, peaks)) >= GIB else ("MiB", MIB)
     labels = [f"{100 * (p / m - 1):+.1f} %" if m > 0 else "not measured" for p, m in zip(*peaks, strict=True)]
-    names = [_short(f"{r.policy}, {r.workload}, {r.layout}") for r in rows]
+    names = [short(f"{r.policy}, {r.workload}, {r.layout}") for r in rows]
     scaled = [[value / unit_bytes for value in side] for side in peaks]
     return _paired_bars(names, scaled[0], scaled[1], labels, f"peak memory of the fullest rank ({unit})")
 
@@ -289,7 +197,7 @@ def _paired_bars(
     for place, label in enumerate(labels):
         end = max(predicted[place], measured[place], 0.0)
         axes.annotate(label, (end, place), (4, 0), textcoords="offset points", va="center")
-    axes.set_yticks(range(len(names)), [_short(n) for n in names])
+    axes.set_yticks(range(len(names)), [short(n) for n in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(min(0.0, *predicted, *measured), max(*predicted, *measured, 1e-9) * 1.18)
     axes.set_xlabel(unit)
