@@ -160,12 +160,17 @@ class StageLatency:
         peft = self.inner.peft(task)
         key = (peft, tokens, direction)
         if key not in self.adapter:
-            targets = sorted(peft.targets, key=TARGETS.index, reverse=direction == "backward")
+            targets = sorted(peft.targets, key=TARGETS.index)
+            # A backward that runs the layer again first has the forward's adapters, in groups of their own.
+            names = (
+                [f"{t} again" for t in targets] if direction == "backward" and self.layout.recompute == "full" else []
+            )
+            names += targets if direction == "forward" else reversed(targets)
             found = []
             for context in (self.edge, self.inner):
                 mine = [op for op in self._ops(context, task, tokens, direction) if op.family in ADAPTERS]
                 costs = [self.cost.latency(op, self.device) for op in mine]
-                found.append(tuple(zip(targets, costs, strict=True)))
+                found.append(tuple(zip(names, costs, strict=True)))
             self.adapter[key] = (found[0], found[1])
         return self.adapter[key]
 

@@ -11,7 +11,8 @@ from muxtune.sim.pipeline import run_pipeline
 from muxtune.sim.priced import price
 from muxtune.sim.recurrence import recur, recur_blocks
 from muxtune.sim.simulate import simulate
-from muxtune.sim.stage import StageCache, run_blocks
+from muxtune.sim.stage import StageCache
+from muxtune.sim.streams import run_blocks
 from muxtune.spec.check import check_program
 from tests.oracle import Worker, advance, answer
 from tests.programs import Noise, programs
