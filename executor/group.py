@@ -177,6 +177,12 @@ def require_runnable(instance: Instance) -> None:
             f"instance {instance.name}: dp={layout.dp}, sequence_parallel={str(layout.sequence_parallel).lower()}: the "
             "executor runs dp=1 without sequence parallelism; plan again without --dp and --sequence-parallel"
         )
+    for htask in instance.htasks:
+        if htask.alignment == "chunk":
+            raise InputError(
+                f"instance {instance.name}: the hTask of {', '.join(htask.tasks)} has alignment `chunk`, which only the "
+                "simulator runs so far; plan again with alignment=pad or alignment=varlen"
+            )
 
 
 def measured_timeline(bound: Bound, results: list[messages.RankResult], environment: str = "") -> Timeline:

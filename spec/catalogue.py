@@ -237,8 +237,7 @@ def _turn(op: Op, direction: Direction) -> Op:
     if op.family == "lora":
         return ops.lora(op.size[0], (op.shape[0], op.shape[1]), op.shape[2], direction, dtype, e)
     if op.family == "attention":
-        heads = (op.shape[0], op.shape[1], op.shape[2])
-        return ops.attention(op.size[0], op.size[1], heads, "backward", dtype, e, op.size[2])
+        return ops.attention(*op.size[:2], op.shape[:3], "backward", dtype, e, op.size[2])  # type: ignore[arg-type]
     if op.family in ops.OVERHEADS:
         return ops.overhead(
             op.family.removesuffix("_overhead"), op.size[0], (op.shape[0], op.shape[1]), "backward", dtype

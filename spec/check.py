@@ -53,6 +53,7 @@ def _instance(plan: Plan, instance: Instance) -> Iterator[str]:
     for h in sorted(set(in_buckets) - set(range(len(instance.htasks)))):
         yield f"instance {instance.name}: a bucket names hTask {h}, but there are only {len(instance.htasks)}"
     yield from _slots(plan, instance)
+    yield from _chunks(plan, instance)
     yield from check_orders(instance)
     if all(0 <= x.stage < instance.layout.pp for b in instance.buckets for x in b.launches):
         yield from _launches(instance)
@@ -82,10 +83,6 @@ def _slots(plan: Plan, instance: Instance) -> Iterator[str]:
     known = {t.task_id: t.global_batch_samples for t in plan.workload.tasks}
     for b, bucket in enumerate(instance.buckets):
         for u, unit in enumerate(bucket.units):
-            wrong = [p for p in unit.parts if not 0 <= p.htask < len(instance.htasks) or p.task not in known]
-            chunks = unit.chunks if wrong else unit_chunks(plan.workload, instance.htasks, unit.parts)
-            if unit.chunks != chunks:
-                yield f"instance {instance.name}: unit {u} of bucket {b} states {unit.chunks} chunks, its packs have {chunks}"
             if not any(p.slots for p in unit.parts):
                 yield f"instance {instance.name}: unit {u} of bucket {b} has no samples: leave it out"
             place = f"instance {instance.name}: unit {u} of bucket {b}"
@@ -102,6 +99,22 @@ def _slots(plan: Plan, instance: Instance) -> Iterator[str]:
             yield f"instance {instance.name}: task {task}: sample slots {missing} are in no unit and {twice} in several"
     for task, slot in sorted(used):
         yield f"instance {instance.name}: slot {slot} of task {task} is beyond its global batch or its instance"
+
+
+def _chunks(plan: Plan, instance: Instance) -> Iterator[str]:
+    """Each unit states the number of chunks that its packs have; parts that name nothing known are other checks' matter."""
+    known = {t.task_id for t in plan.workload.tasks}
+    if not known.issuperset(instance.tasks):
+        return
+    for b, bucket in enumerate(instance.buckets):
+        for u, unit in enumerate(bucket.units):
+            if all(0 <= p.htask < len(instance.htasks) and p.task in known for p in unit.parts):
+                chunks = unit_chunks(plan.workload, instance.htasks, unit.parts)
+                if unit.chunks != chunks:
+                    yield (
+                        f"instance {instance.name}: unit {u} of bucket {b} states {unit.chunks} chunks, "
+                        f"its packs have {chunks}"
+                    )
 
 
 def _launches(instance: Instance) -> Iterator[str]:

@@ -37,13 +37,15 @@ def _thread_names(pid: int, timeline: Timeline) -> Iterator[dict[str, Any]]:
 
 def _event(pid: int, span: Span) -> dict[str, Any]:
     key = span.key
-    unit = f" i{key.instance} b{key.bucket} u{key.unit}" if key.unit >= 0 else ""
+    chunk = f" c{key.chunk}" if key.chunk else ""
+    unit = f" i{key.instance} b{key.bucket} u{key.unit}{chunk}" if key.unit >= 0 else ""
     args = {
         "tasks": ", ".join(span.tasks),
         "step": key.step,
         "instance": key.instance,
         "bucket": key.bucket,
         "unit": key.unit,
+        "chunk": key.chunk,
     }
     return {
         "ph": "X",

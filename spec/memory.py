@@ -5,6 +5,8 @@ Counted as the executor holds them: what autograd saves of each piece, plus the 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from muxtune.spec.align import Batch
 from muxtune.spec.catalogue import StageContext, adapter_sizes, shard, stage_pieces
 from muxtune.spec.noun import noun
@@ -13,6 +15,8 @@ from muxtune.spec.program import Bound, Instruction, UnitKey, UnitWork
 
 #: Adapter parameter, gradient and the two AdamW moments, all fp32.
 ADAPTER_STATE_BYTES = 16
+#: dK and dV of a chunk are added up over the later chunks in fp32.
+DKV_BYTES = 4
 
 
 @noun
@@ -98,6 +102,16 @@ def _mlp_held(context: StageContext, batch: Batch) -> int:
     return batch.tokens * per_token + _saved_input(context, batch, "fc1") + _saved_input(context, batch, "fc2")
 
 
+def chunk_kv_bytes(context: StageContext, batch: Batch) -> int:
+    """Keys and values that a chunk leaves to the later chunks of its pack, and the fp32 dK and dV that they add up for it.
+
+    Counted beside what autograd saves of the chunk, which recomputation may drop, and from the chunk's forward on.
+    """
+    model, layout = context.model, context.layout
+    kv = 2 * max(1, model.kv_heads // layout.tp) * model.head_dim * len(layout.layers_of(context.stage))
+    return batch.tokens * kv * (model.element_bytes + DKV_BYTES)
+
+
 def working_bytes(context: StageContext, batch: Batch) -> int:
     """Largest transient beside the held bytes: gradients of the widest piece while its backward runs."""
     model, tp = context.model, context.layout.tp
@@ -153,13 +167,27 @@ class MemoryWalk:
         context, work = self.context(key.instance), self.works[key]
         working = max(working_bytes(context, b) for b in work.batches)
         if instruction.op == "forward":
-            self.held[key] = sum(held_bytes(context, b) for b in work.batches)
+            self.held[key] = sum(held_bytes(context, b) for b in work.batches) + self._kv_bytes(context, work)
         during = self.in_use() + working
         if instruction.op == "backward":
-            self.held.pop(key, None)
             self.inbox.pop((key, "gradient"), None)
-            self.inbox.pop((key, "activation"), None)
+            self._release(key)
         return during, self.in_use()
+
+    def _kv_bytes(self, context: StageContext, work: UnitWork) -> int:
+        """KV and dKV of the hTasks whose packs have several chunks."""
+        instance = self.plan.instances[work.key.instance]
+        if instance.buckets[work.key.bucket].units[work.key.unit].chunks == 1:
+            return 0
+        return sum(chunk_kv_bytes(context, b) for b in work.batches if instance.htasks[b.htask].alignment == "chunk")
+
+    def _release(self, key: UnitKey) -> None:
+        """The last backward of a unit, that of its first chunk, frees what all its chunks hold."""
+        chunks = self.plan.instances[key.instance].buckets[key.bucket].units[key.unit].chunks
+        for chunk in range(chunks if key.chunk == 0 else 0):
+            done = replace(key, chunk=chunk)
+            self.held.pop(done, None)
+            self.inbox.pop((done, "activation"), None)
 
     def in_use(self) -> int:
         """Bytes in use between instructions."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from types import MappingProxyType
 
 from muxtune.spec.noun import noun
@@ -75,15 +76,13 @@ def _forwards_needed(counts: Sequence[int]) -> list[int]:
     """Forwards that the last stage runs before each backward: the whole oldest unit, then one of the next in turn."""
     needed: list[int] = []
     end = 0
-    for count, following in zip(counts, [*counts[1:], 0], strict=True):
+    for count, following in zip_longest(counts, counts[1:], fillvalue=0):
         end += count
         needed += [end + min(turn, following) for turn in range(count)]
     return needed
 
 
-def gpipe(
-    feed: Sequence[OrderKey], stages: int, step: int = 0, chunks: ChunksOf = NO_CHUNKS
-) -> tuple[StageOrder, ...]:
+def gpipe(feed: Sequence[OrderKey], stages: int, step: int = 0, chunks: ChunksOf = NO_CHUNKS) -> tuple[StageOrder, ...]:
     """GPipe: all forwards, then all backwards in the same order of units, a unit's last chunk first."""
     actions = tuple(_forward(k, step) for k in forward_keys(feed, chunks))
     actions += tuple(_backward(k, step) for k in backward_keys(feed, chunks))
