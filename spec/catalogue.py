@@ -6,6 +6,7 @@ A stage is a row of pieces. Cut after each collective (MuxTune §3.4.2) they bec
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Literal
 
@@ -237,20 +238,13 @@ def _turn(op: Op, direction: Direction) -> Op:
     if op.family == "lora":
         return ops.lora(op.size[0], (op.shape[0], op.shape[1]), op.shape[2], direction, dtype, e)
     if op.family == "attention":
-        return ops.attention(*op.size[:2], op.shape[:3], "backward", dtype, e, op.size[2])  # type: ignore[arg-type]
+        (rows, length, queries), (heads, kv, width) = op.size, op.shape
+        return ops.attention(rows, length, (heads, kv, width), "backward", dtype, e, queries)
     if op.family in ops.OVERHEADS:
         return ops.overhead(
             op.family.removesuffix("_overhead"), op.size[0], (op.shape[0], op.shape[1]), "backward", dtype
         )
-    return Op(
-        family=op.family,
-        direction="backward",
-        dtype=dtype,
-        size=op.size,
-        shape=op.shape,
-        flops=2 * op.flops,
-        moved_bytes=2 * op.moved_bytes,
-    )
+    return replace(op, direction="backward", flops=2 * op.flops, moved_bytes=2 * op.moved_bytes)
 
 
 def subgraph_ops(context: StageContext, batch: Batch, direction: Way) -> tuple[tuple[Op, ...], ...]:

@@ -229,7 +229,7 @@ def replay(orders: tuple[StageOrder, ...], counts: list[int], t: int = T_NS) -> 
         moved = False
         for s, queue in enumerate(todo):
             while queue:
-                op, u, j = queue[0].op, queue[0].unit, queue[0].chunk
+                op, u, j = str(queue[0].op), queue[0].unit, queue[0].chunk
                 if op == "forward":
                     needs = [(s - 1, op, u, j)] * (s > 0) + [(s, op, u, j - 1)] * (j > 0)
                 else:
