@@ -182,6 +182,12 @@ def require_runnable(instance: Instance) -> None:
             f"instance {instance.name}: recompute={layout.recompute}: the executor keeps every activation; plan again "
             "without --recompute"
         )
+    for htask in instance.htasks:
+        if htask.alignment == "chunk":
+            raise InputError(
+                f"instance {instance.name}: the hTask of {', '.join(htask.tasks)} has alignment `chunk`, which only the "
+                "simulator runs so far; plan again with alignment=pad or alignment=varlen"
+            )
 
 
 def measured_timeline(bound: Bound, results: list[messages.RankResult], environment: str = "") -> Timeline:

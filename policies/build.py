@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from muxtune.policies.base import Policy, SystemState
-from muxtune.spec.align import Alignment, Batch, Row, spread_slots
+from muxtune.spec.align import ALIGNMENTS, Alignment, Batch, Row, chunk_rule, spread_slots
 from muxtune.spec.catalogue import StageContext
 from muxtune.spec.check import check
+from muxtune.spec.draw import Sample, align_chunks
 from muxtune.spec.errors import InfeasibleError
 from muxtune.spec.layout import Layout
 from muxtune.spec.noun import plain
-from muxtune.spec.plan import Bucket, HTask, Instance, MadeBy, Part, Plan, SolverRecord, Unit
+from muxtune.spec.plan import Bucket, HTask, Instance, MadeBy, Part, Plan, SolverRecord, Unit, unit_chunks
 from muxtune.spec.task import Task, Workload
 
 
@@ -26,8 +27,30 @@ def make_bucket(workload: Workload, htasks: Sequence[HTask], indices: Sequence[i
             for c, slots in enumerate(spread):
                 if slots:
                     parts[c].append(Part(htask=index, task=task_id, slots=slots))
-    units = tuple(Unit(parts=tuple(p)) for p in parts if p)
+    units = tuple(Unit(parts=tuple(p), chunks=unit_chunks(workload, htasks, p)) for p in parts if p)
     return Bucket(htasks=tuple(indices), units=units)
+
+
+def make_htask(workload: Workload, tasks: Sequence[str], alignment: Alignment, chunk_tokens: int = 0) -> HTask:
+    """An hTask of these tasks; a chunk size of 0 is chosen by the paper's rule (`chunk_rule`) where one is needed."""
+    if alignment != "chunk":
+        return HTask(tasks=tuple(tasks), alignment=alignment)
+    chosen = chunk_tokens or chunk_rule(workload.task(t).billed_len_tokens for t in tasks)
+    return HTask(tasks=tuple(tasks), alignment=alignment, chunk_tokens=chosen)
+
+
+def require_alignment(alignment: Alignment, chunk: int) -> None:
+    """Check the two options of a policy that decide the alignment; `chunk` 0 means the paper's rule.
+
+    Raises:
+        ValueError: an unknown alignment, a negative chunk, or a chunk size without alignment `chunk`.
+    """
+    if alignment not in ALIGNMENTS:
+        raise ValueError(f"alignment={alignment!r}: known are {list(ALIGNMENTS)}")
+    if chunk < 0 or (chunk and alignment != "chunk"):
+        raise ValueError(
+            f"chunk={chunk} with alignment={alignment!r}: give a size above 0, and alignment=chunk with it"
+        )
 
 
 def make_instance(
@@ -36,12 +59,13 @@ def make_instance(
     groups: Sequence[Sequence[str]],
     buckets: Sequence[Sequence[int]],
     alignment: Alignment = "pad",
+    chunk_tokens: int = 0,
 ) -> Instance:
     """An instance on the first devices of the cluster, in order `1f1b`.
 
-    `groups` are the hTasks' task ids, `buckets` hold indices of hTasks.
+    `groups` are the hTasks' task ids, `buckets` hold indices of hTasks. `chunk_tokens` 0: the paper's rule, hTask by hTask.
     """
-    htasks = tuple(HTask(tasks=tuple(g), alignment=alignment) for g in groups)
+    htasks = tuple(make_htask(state.workload, g, alignment, chunk_tokens) for g in groups)
     made = tuple(make_bucket(state.workload, htasks, indices, state.microbatches) for indices in buckets)
     return Instance(
         name=name,
@@ -107,6 +131,21 @@ def planning_row(task_id: str, slot: int, length_tokens: int) -> Row:
         response_tokens=1,
         length_tokens=length_tokens,
     )
+
+
+def planning_chunks(
+    workload: Workload, tasks: Sequence[str], samples: Sequence[int], chunk_tokens: int
+) -> tuple[tuple[Row, ...], ...]:
+    """The rows of each chunk of a micro-batch that has so many samples of each task: billed lengths, hence any draw."""
+    members = [workload.task(t) for t in tasks]
+    longest = max(t.billed_len_tokens for t in members)
+    rows: list[tuple[Row, ...]] = []
+    for task, count in zip(members, samples, strict=True):
+        sample = Sample(sample=0, prompt_tokens=task.billed_len_tokens - 1, response_tokens=1)
+        chunks = align_chunks(task, range(count), [sample] * count, chunk_tokens, longest)
+        rows += [()] * (len(chunks) - len(rows))
+        rows[: len(chunks)] = [mine + more for mine, more in zip(rows, chunks, strict=False)]
+    return tuple(rows)
 
 
 def mean_length(workload: Workload, task_id: str) -> int:

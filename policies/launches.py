@@ -27,15 +27,21 @@ def launch_lists(
 
 
 def unit_ns(
-    surrogate: Surrogate, groups: Sequence[tuple[str, ...]], index: int, stage: int, direction: Direction
+    surrogate: Surrogate,
+    groups: Sequence[tuple[str, ...]],
+    index: int,
+    stage: int,
+    direction: Direction,
+    chunk: int = 0,
 ) -> int:
-    """Time of micro-batch `index` of some hTasks, all with samples in it, in one clock.
+    """Time of (a chunk of) micro-batch `index` of some hTasks, all with samples in it, in one clock.
 
-    Launches are ordered by the largest micro-batch. Without collectives, or on a CPU, where they take the compute's
-    place, nothing overlaps.
+    Launches are ordered by the largest micro-batch (its first chunk). Without collectives, or on a CPU, where they take
+    the compute's place, nothing overlaps.
     """
     if len(groups) == 1 or not surrogate.overlaps:
-        return sum(surrogate.direction_ns(tasks, index, stage, direction) for tasks in groups)
+        return sum(surrogate.direction_ns(tasks, index, stage, direction, chunk) for tasks in groups)
     largest = [surrogate.latency.chain(stage, surrogate.shape(tasks), direction) for tasks in groups]
-    chains = [surrogate.latency.chain(stage, surrogate.shape(tasks, index), direction) for tasks in groups]
+    shapes = (surrogate.shape(tasks, index, chunk=chunk) for tasks in groups)
+    chains = [surrogate.latency.chain(stage, shape, direction) for shape in shapes]
     return clock_ns(chains, launch_order(largest, surrogate.rule))

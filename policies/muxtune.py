@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 from muxtune.policies.base import Policy, SystemState
-from muxtune.policies.build import make_instance, make_plan, require_feasible
+from muxtune.policies.build import make_instance, make_plan, require_alignment, require_feasible
 from muxtune.policies.fusion import exact_partition, paper_partition
 from muxtune.policies.launches import launch_lists
 from muxtune.policies.surrogate import Partition, Surrogate, value_ns
 from muxtune.policies.template import schedule
-from muxtune.spec.align import ALIGNMENTS, Alignment
+from muxtune.spec.align import Alignment
 from muxtune.spec.clock import LaunchRule, Priority, Ties
 from muxtune.spec.noun import noun
 from muxtune.spec.plan import Bucket, Instance, Plan, SolverRecord
@@ -26,11 +26,13 @@ class MuxTuneConfig:
     `charge`: what an extra hTask costs in the DP; `paper` is L/S (Eq. 6), `exact` is 2C·max_s L^s beside the largest
     warm-up. `fusion` off: one hTask a task. `orchestration` off: one bucket an hTask, in the DP's order, plain 1F1B.
     `priority` and `ties` order the launches inside a clock (spec/clock.py): Algorithm 1, or the critical path.
+    `chunk` is the chunk size of alignment `chunk`; 0 is the paper's rule.
     """
 
     fusion: bool = True
     charge: Charge = "paper"
     alignment: Alignment = "pad"
+    chunk: int = 0
     orchestration: bool = True
     priority: Priority = "shallow"
     ties: Ties = "longest"
@@ -38,8 +40,7 @@ class MuxTuneConfig:
     def __post_init__(self) -> None:
         if self.charge not in get_args(Charge):
             raise ValueError(f"charge={self.charge!r}: known are {list(get_args(Charge))}")
-        if self.alignment not in ALIGNMENTS:
-            raise ValueError(f"alignment={self.alignment!r}: known are {list(ALIGNMENTS)}")
+        require_alignment(self.alignment, self.chunk)
         if self.priority not in get_args(Priority):
             raise ValueError(f"priority={self.priority!r}: known are {list(get_args(Priority))}")
         if self.ties not in get_args(Ties):
@@ -61,7 +62,7 @@ class MuxTune(Policy):
             ExtrapolationError: the cost model does not answer for a task alone.
         """
         rule = LaunchRule(priority=self.config.priority, ties=self.config.ties)
-        surrogate = Surrogate(self.cost, state, self.config.alignment, rule)
+        surrogate = Surrogate(self.cost, state, self.config.alignment, self.config.chunk, rule)
         surrogate.require_single_tasks()
         groups = self._fuse(surrogate)
         fused = ("contiguous-dp", f"exact for its recurrence (charge {self.config.charge})")
@@ -79,9 +80,11 @@ class MuxTune(Policy):
 
     def _arrange(self, state: SystemState, surrogate: Surrogate, groups: Partition) -> Instance:
         if not self.config.orchestration:
-            return make_instance(state, "shared", groups, [[h] for h in range(len(groups))], self.config.alignment)
+            return make_instance(
+                state, "shared", groups, [[h] for h in range(len(groups))], self.config.alignment, self.config.chunk
+            )
         found = schedule(surrogate, groups)
-        instance = make_instance(state, "shared", groups, found.buckets, self.config.alignment)
+        instance = make_instance(state, "shared", groups, found.buckets, self.config.alignment, self.config.chunk)
         buckets = tuple(self._launched(surrogate, groups, b) for b in instance.buckets)
         return replace(instance, buckets=buckets, order="explicit", orders=found.template.orders)
 

@@ -13,7 +13,7 @@ from typing import Literal
 from muxtune.policies.build import planning_row
 from muxtune.sim.cost.base import Cost, CostModel, batch_ops, comm_load, grouped, priced_groups, prices, stream_ns
 from muxtune.spec import ops
-from muxtune.spec.align import Batch
+from muxtune.spec.align import Batch, Row
 from muxtune.spec.catalogue import StageContext, stage_subgraphs
 from muxtune.spec.clock import Chain, Node
 from muxtune.spec.cluster import Cluster, Link, slowest
@@ -25,15 +25,20 @@ from muxtune.spec.task import Workload
 
 Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, Direction] = ("forward", "backward")
-Runs = tuple[tuple[int, int], ...]
+#: (rows, KV length, query length) of attention calls.
+Runs = tuple[tuple[int, int, int], ...]
 TargetCosts = tuple[tuple[str, Cost], ...]
 
 
 @noun
 class Shape:
-    """Rows of a micro-batch: (task, rows, tokens a row) for each task, tasks in hTask order."""
+    """Rows of a micro-batch: (task, rows, tokens a row) for each task, tasks in hTask order.
+
+    Of a chunk, parts hold (task, packs, chunk size), and `rows` the sequences in them.
+    """
 
     parts: tuple[tuple[str, int, int], ...]
+    rows: tuple[Row, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -41,17 +46,21 @@ class Shape:
         return sum(rows * length for _, rows, length in self.parts)
 
     def runs(self) -> Runs:
-        """(rows, length) of each run of neighbouring rows of equal length: one attention call each."""
-        runs: list[tuple[int, int]] = []
+        """Runs of neighbouring rows alike in attention: one attention call each."""
+        if self.rows:
+            return self.row_batch().attention_runs()
+        runs: list[tuple[int, int, int]] = []
         for _, rows, length in self.parts:
             if runs and runs[-1][1] == length:
-                runs[-1] = (runs[-1][0] + rows, length)
+                runs[-1] = (runs[-1][0] + rows, length, length)
             else:
-                runs.append((rows, length))
+                runs.append((rows, length, length))
         return tuple(runs)
 
     def row_batch(self) -> Batch:
         """All rows."""
+        if self.rows:
+            return Batch(htask=0, rows=self.rows)
         rows = (planning_row(task, slot, length) for task, count, length in self.parts for slot in range(count))
         return Batch(htask=0, rows=tuple(rows))
 
@@ -150,7 +159,7 @@ class StageLatency:
         total = 0
         for op in self._ops(context, lead, tokens, direction):
             if op.family == "attention":
-                total += sum(self._op_ns(self._attention(op, rows, length)) for rows, length in runs)
+                total += sum(self._op_ns(self._attention(op, *run)) for run in runs)
             elif op.family not in ADAPTERS:
                 total += self._op_ns(op)
         return total
@@ -177,9 +186,9 @@ class StageLatency:
     def _ops(self, context: StageContext, task: str, tokens: int, direction: Direction) -> Iterator[Op]:
         yield from batch_ops(context, Batch(htask=0, rows=(planning_row(task, 0, tokens),)), direction, self.cost)
 
-    def _attention(self, op: Op, rows: int, length: int) -> Op:
+    def _attention(self, op: Op, rows: int, length: int, queries: int) -> Op:
         heads = (op.shape[0], op.shape[1], op.shape[2])
-        return ops.attention(rows, length, heads, op.direction, op.dtype, self.element_bytes)
+        return ops.attention(rows, length, heads, op.direction, op.dtype, self.element_bytes, queries)
 
     def _op_ns(self, op: Op) -> int:
         if op not in self.op_ns:

@@ -1,16 +1,18 @@
 """Surrogate of a plan: W + Σ_Q 2C·max_s L^s(Q) over its hTasks Q, W = the largest 2·Σ_{s<S} L^s(Q) (MuxTune Eq. 3-4).
 
 L^s is the mean of an hTask's forward and backward latency on stage s, so that 2·L^s is the time of one clock pair. The
-largest micro-batch stands for all C. Collectives count as exposed, as they are where a bucket holds one hTask.
+largest micro-batch stands for all C. Collectives count as exposed, as they are where a bucket holds one hTask. Of a
+micro-batch in chunks the steady phase holds all, warm-up and drain the longest.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
 from muxtune.policies.base import SystemState
-from muxtune.policies.build import mean_length, microbatch_samples, stage_contexts
+from muxtune.policies.build import make_htask, mean_length, microbatch_samples, planning_chunks, stage_contexts
 from muxtune.policies.stage_latency import Direction, Shape, StageLatency
 from muxtune.sim.cost.base import CostModel
 from muxtune.spec.align import Alignment
@@ -19,7 +21,7 @@ from muxtune.spec.errors import ExtrapolationError, InfeasibleError
 from muxtune.spec.footprint import amount, rounded_bytes
 from muxtune.spec.memory import stage_static_bytes
 from muxtune.spec.noun import noun
-from muxtune.spec.tensors import again_tensors, held_tensors, working_bytes
+from muxtune.spec.tensors import again_tensors, chunk_kv_tensors, held_tensors, working_bytes
 from muxtune.spec.units import format_bytes
 
 Partition = tuple[tuple[str, ...], ...]
@@ -27,7 +29,7 @@ Partition = tuple[tuple[str, ...], ...]
 
 @noun
 class MicrobatchCost:
-    """One micro-batch of an hTask on each stage.
+    """One micro-batch of an hTask, or one chunk of it, on each stage.
 
     `held_bytes` stay from its forward to its backward (a received activation included), `again_bytes` are a layer that its
     backward has made again, `working_bytes` the transient beside them, all as the allocator rounds them; `message_bytes` is
@@ -80,9 +82,15 @@ class Surrogate:
     """
 
     def __init__(
-        self, cost: CostModel, state: SystemState, alignment: Alignment, rule: LaunchRule | None = None
+        self,
+        cost: CostModel,
+        state: SystemState,
+        alignment: Alignment,
+        chunk_tokens: int = 0,
+        rule: LaunchRule | None = None,
     ) -> None:
-        self.state, self.alignment, self.rule = state, alignment, rule or LaunchRule()
+        self.state, self.alignment, self.chunk_tokens = state, alignment, chunk_tokens
+        self.rule = rule or LaunchRule()
         self.contexts = stage_contexts(state.workload, state.layout)
         self.device = state.cluster.device
         self.latency = StageLatency(cost, state.cluster, state.workload, self.contexts)
@@ -90,7 +98,8 @@ class Surrogate:
         self.mean_tokens = {t: mean_length(state.workload, t) for t in self.tasks} if alignment == "varlen" else {}
         everyone = tuple(self.tasks)
         self.static_bytes = tuple(stage_static_bytes(c, everyone, self.device) for c in self.contexts)
-        self.microbatches: dict[tuple[tuple[str, ...], int], MicrobatchCost] = {}
+        self.microbatches: dict[tuple[tuple[str, ...], int, int], MicrobatchCost] = {}
+        self.cut: dict[tuple[tuple[str, ...], int], tuple[Shape, ...]] = {}
 
     @property
     def stages(self) -> int:
@@ -99,10 +108,34 @@ class Surrogate:
 
     def sorted_tasks(self) -> tuple[str, ...]:
         """Task ids by tokens per micro-batch, ascending (§3.3); ties by id."""
-        return tuple(sorted(self.tasks, key=lambda t: (self.shape((t,)).tokens, t)))
+        return tuple(sorted(self.tasks, key=lambda t: (self._tokens((t,)), t)))
 
-    def shape(self, tasks: tuple[str, ...], index: int = 0, longest_case: bool = False) -> Shape:
-        """Rows of micro-batch `index` of an hTask; `longest_case` is a draw that makes `varlen` samples longest."""
+    def _tokens(self, tasks: tuple[str, ...]) -> int:
+        """Processed tokens of the largest micro-batch."""
+        return sum(self.shape(tasks, chunk=j).tokens for j in range(self.chunks(tasks)))
+
+    def chunks(self, tasks: tuple[str, ...], index: int = 0) -> int:
+        """K of micro-batch `index` of an hTask, at least 1."""
+        return max(1, len(self._chunk_shapes(tasks, index))) if self.alignment == "chunk" else 1
+
+    def _chunk_shapes(self, tasks: tuple[str, ...], index: int) -> tuple[Shape, ...]:
+        if (tasks, index) not in self.cut:
+            samples = [microbatch_samples(self.tasks[t], self.state.microbatches, index) for t in tasks]
+            size = make_htask(self.state.workload, tasks, "chunk", self.chunk_tokens).chunk_tokens
+            shapes: list[Shape] = []
+            for rows in planning_chunks(self.state.workload, tasks, samples, size):
+                tokens = Counter({row.task: 0 for row in rows})
+                for row in rows:
+                    tokens[row.task] += row.length_tokens
+                shapes.append(Shape(parts=tuple((t, n // size, size) for t, n in tokens.items()), rows=rows))
+            self.cut[tasks, index] = tuple(shapes)
+        return self.cut[tasks, index]
+
+    def shape(self, tasks: tuple[str, ...], index: int = 0, longest_case: bool = False, chunk: int = 0) -> Shape:
+        """Rows of (a chunk of) micro-batch `index`; `longest_case` is a draw that makes `varlen` samples longest."""
+        if self.alignment == "chunk":
+            cut = self._chunk_shapes(tasks, index)
+            return cut[chunk] if chunk < len(cut) else Shape(parts=())
         longest = max(self.tasks[t].billed_len_tokens for t in tasks)
         parts = []
         for task_id in tasks:
@@ -115,40 +148,42 @@ class Surrogate:
                 parts.append((task_id, count, length))
         return Shape(parts=tuple(parts))
 
-    def microbatch(self, tasks: tuple[str, ...], index: int = 0) -> MicrobatchCost | None:
-        """Price of micro-batch `index`; None if no task of the hTask has samples in it.
+    def microbatch(self, tasks: tuple[str, ...], index: int = 0, chunk: int = 0) -> MicrobatchCost | None:
+        """Price of (a chunk of) micro-batch `index`; None if no task of the hTask has samples in it.
 
         Raises:
             ExtrapolationError: the cost model refuses to answer for this shape.
         """
-        shape = self.shape(tasks, index)
-        if not shape.parts:
+        if chunk >= self.chunks(tasks, index) or not (shape := self.shape(tasks, index, chunk=chunk)).parts:
             return None
         counts_differ = any(self.tasks[t].global_batch_samples % self.state.microbatches for t in tasks)
-        key = (tasks, index if counts_differ else 0)
+        key = (tasks, index if counts_differ else 0, chunk)
         if key not in self.microbatches:
-            self.microbatches[key] = self._price(shape, self.shape(tasks, index, longest_case=True))
+            longest = self.shape(tasks, index, longest_case=True, chunk=chunk)
+            self.microbatches[key] = self._price(shape, longest, cut=self.chunks(tasks, index) > 1)
         return self.microbatches[key]
 
-    def _price(self, shape: Shape, longest_case: Shape) -> MicrobatchCost:
+    def _price(self, shape: Shape, longest_case: Shape, cut: bool) -> MicrobatchCost:
         batch, model, device = longest_case.token_batch(), self.state.workload.model, self.device
+        held = [amount(held_tensors(c, batch), device).taken_bytes for c in self.contexts]
+        kv = [amount(chunk_kv_tensors(c, batch) if cut else (), device).taken_bytes for c in self.contexts]
         return MicrobatchCost(
             forward_ns=self.latency.latency_ns(shape, "forward"),
             backward_ns=self.latency.latency_ns(shape, "backward"),
-            held_bytes=tuple(amount(held_tensors(c, batch), device).taken_bytes for c in self.contexts),
+            held_bytes=tuple(map(sum, zip(held, kv, strict=True))),
             again_bytes=tuple(amount(again_tensors(c, batch), device).taken_bytes for c in self.contexts),
             working_bytes=tuple(rounded_bytes(working_bytes(c, batch), device) for c in self.contexts),
             message_bytes=self.state.layout.shard_tokens(batch.tokens) * model.hidden * model.element_bytes,
         )
 
-    def _largest(self, tasks: tuple[str, ...]) -> MicrobatchCost:
-        found = self.microbatch(tasks)
-        assert found is not None, "micro-batch 0 has samples of every task"
-        return found
+    def _largest(self, tasks: tuple[str, ...]) -> tuple[MicrobatchCost, ...]:
+        """The chunks of micro-batch 0, which has samples of every task."""
+        found = (self.microbatch(tasks, chunk=j) for j in range(self.chunks(tasks)))
+        return tuple(x for x in found if x is not None)
 
     def warmup_ns(self, tasks: tuple[str, ...]) -> int:
         """2·Σ_{s<S} L^s: warm-up and drain."""
-        return sum(self._largest(tasks).pair_ns[:-1])
+        return sum(map(max, zip(*(x.pair_ns[:-1] for x in self._largest(tasks)), strict=True)))
 
     @property
     def microbatches_per_replica(self) -> int:
@@ -157,11 +192,15 @@ class Surrogate:
 
     def steady_ns(self, tasks: tuple[str, ...]) -> int:
         """2C·max_s L^s: the steady phase (of the replica with most micro-batches)."""
-        return self.microbatches_per_replica * max(self._largest(tasks).pair_ns)
+        return self.microbatches_per_replica * max(self._pairs_ns(tasks))
 
-    def direction_ns(self, tasks: tuple[str, ...], index: int, stage: int, direction: Direction) -> int:
-        """Forward or backward of micro-batch `index` on a stage, nothing beside it; 0 without samples."""
-        cost = self.microbatch(tasks, index)
+    def _pairs_ns(self, tasks: tuple[str, ...]) -> tuple[int, ...]:
+        """2·L^s of all chunks of the largest micro-batch."""
+        return tuple(map(sum, zip(*(x.pair_ns for x in self._largest(tasks)), strict=True)))
+
+    def direction_ns(self, tasks: tuple[str, ...], index: int, stage: int, direction: Direction, chunk: int = 0) -> int:
+        """Forward or backward of (a chunk of) micro-batch `index` on a stage, nothing beside it; 0 without samples."""
+        cost = self.microbatch(tasks, index, chunk)
         if cost is None:
             return 0
         return (cost.forward_ns if direction == "forward" else cost.backward_ns)[stage]
@@ -173,7 +212,7 @@ class Surrogate:
 
     def first_stage_ns(self, tasks: tuple[str, ...]) -> int:
         """2·L^(1): what buckets are balanced and sorted by."""
-        return self._largest(tasks).pair_ns[0]
+        return self._pairs_ns(tasks)[0]
 
     @property
     def priced(self) -> int:
@@ -184,8 +223,11 @@ class Surrogate:
         """Peak of a stage under 1F1B with this hTask alone in flight and every task's adapter resident."""
         cost = self._largest(tasks)
         units = min(self.microbatches_per_replica, max(self.tasks[t].global_batch_samples for t in tasks))
-        in_flight = min(self.stages - stage, units)
-        return self.static_bytes[stage] + in_flight * cost.held_bytes[stage] + self.transient_bytes([cost], stage)
+        # A unit's chunks are held until its first chunk's backward; until then K−1 chunks of the next have come in.
+        in_flight = min(self.stages - stage + 2 * (len(cost) - 1), units * len(cost))
+        whole, rest = divmod(in_flight, len(cost))
+        held = whole * sum(x.held_bytes[stage] for x in cost) + sum(x.held_bytes[stage] for x in cost[:rest])
+        return self.static_bytes[stage] + held + max(self.transient_bytes([x], stage) for x in cost)
 
     def transient_bytes(self, unit: Sequence[MicrobatchCost], stage: int) -> int:
         """Bytes beside the held ones while a unit runs: the widest hTask's, layers made again, and a received gradient."""

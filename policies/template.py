@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import product
 
@@ -9,8 +10,8 @@ from muxtune.policies.launches import unit_ns
 from muxtune.policies.stage_latency import DIRECTIONS
 from muxtune.policies.surrogate import Partition, Surrogate
 from muxtune.spec.noun import noun
-from muxtune.spec.order import Template, eager
-from muxtune.spec.plan import OrderKey, StageOrder
+from muxtune.spec.order import ChunkKey, Template, eager
+from muxtune.spec.plan import StageOrder
 
 Buckets = tuple[tuple[int, ...], ...]
 
@@ -80,29 +81,34 @@ def schedule(surrogate: Surrogate, groups: Partition) -> Schedule:
 def eager_template(surrogate: Surrogate, groups: Partition, buckets: Buckets) -> Template | None:
     """The eager order of buckets, a bucket's units consecutive, and its makespan; None if a unit alone does not fit."""
     units = _units(surrogate, groups, buckets)
-    held: dict[tuple[int, OrderKey], int] = {}
-    transient: dict[tuple[int, OrderKey], int] = {}
-    latency: dict[tuple[int, OrderKey, str], int] = {}
+    held: dict[tuple[int, ChunkKey], int] = {}
+    transient: dict[tuple[int, ChunkKey], int] = {}
+    latency: dict[tuple[int, ChunkKey, str], int] = {}
     for key, members in units.items():
-        costs = [x for x in (surrogate.microbatch(tasks, key[1]) for tasks in members) if x is not None]
+        costs = [x for x in (surrogate.microbatch(tasks, *key[1:]) for tasks in members) if x is not None]
         for s in range(surrogate.stages):
             held[s, key] = sum(x.held_bytes[s] for x in costs)
             transient[s, key] = surrogate.transient_bytes(costs, s)
             for direction in DIRECTIONS:
-                latency[s, key, direction] = unit_ns(surrogate, members, key[1], s, direction)
+                latency[s, key, direction] = unit_ns(surrogate, members, key[1], s, direction, key[2])
     free = [surrogate.memory_bytes - static for static in surrogate.static_bytes]
-    if any(held[s, key] + transient[s, key] > free[s] for s, key in held):
-        return None
+    chunks = dict(Counter(key[:2] for key in units))
+    for (b, c), count in chunks.items():
+        whole = [(b, c, j) for j in range(count)]
+        for s in range(surrogate.stages):
+            if sum(held[s, key] for key in whole) + max(transient[s, key] for key in whole) > free[s]:
+                return None
     budget = [free[s] - max(transient[s, key] for key in units) for s in range(surrogate.stages)]
     replicas = range(surrogate.state.layout.dp)
     return side_by_side(
         [
             eager(
-                [key for key in units if key[1] % len(replicas) == replica],
+                [key for key in chunks if key[1] % len(replicas) == replica],
                 surrogate.stages,
                 lambda stage, key, direction: latency[stage, key, direction],
                 lambda stage, key: held[stage, key],
                 budget,
+                chunks,
             )
             for replica in replicas
         ]
@@ -116,11 +122,12 @@ def side_by_side(replicas: Sequence[Template]) -> Template:
     return Template(orders=tuple(orders), makespan_ns=max(t.makespan_ns for t in replicas))
 
 
-def _units(surrogate: Surrogate, groups: Partition, buckets: Buckets) -> dict[OrderKey, Partition]:
-    """The hTasks with samples in each unit, bucket after bucket; units without samples are left out."""
-    units: dict[OrderKey, Partition] = {}
+def _units(surrogate: Surrogate, groups: Partition, buckets: Buckets) -> dict[ChunkKey, Partition]:
+    """The hTasks with samples in each chunk of each unit, bucket after bucket; what has no samples is left out."""
+    units: dict[ChunkKey, Partition] = {}
     for b, bucket in enumerate(buckets):
         for c in range(surrogate.state.microbatches):
-            if present := tuple(groups[h] for h in bucket if surrogate.microbatch(groups[h], c) is not None):
-                units[b, c] = present
+            for j in range(max(surrogate.chunks(groups[h], c) for h in bucket)):
+                if present := tuple(groups[h] for h in bucket if surrogate.microbatch(groups[h], c, j) is not None):
+                    units[b, c, j] = present
     return units

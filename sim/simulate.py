@@ -70,8 +70,8 @@ def estimate(
     """Mean over draws, and their relative spread where an hTask is `varlen`.
 
     Draw d covers the optimizer steps from d·steps on of the seed's stream, as an executor that runs on would draw them.
-    `steps` is rounded up to whole passes over explicit orders of several steps. With `pad` alone every shape is fixed:
-    one draw has the exact times, and its raw and truncated token counts stand for all (`Estimate.draws` is then 1).
+    `steps` is rounded up to whole passes over explicit orders of several steps. With `pad` and `chunk` every shape is
+    fixed: one draw has the exact times, and its raw and truncated token counts stand for all (`Estimate.draws` is then 1).
     `cache` must be of the same cost model.
 
     Raises:
@@ -211,7 +211,8 @@ def _drawn_tokens(bound: Bound) -> int:
     """Tokens of the drawn samples before truncation."""
     samples: dict[str, list[int]] = {}
     for row in (row for work in bound.program.units for batch in work.batches for row in batch.rows):
-        samples.setdefault(row.task, []).append(row.sample)
+        if not row.past_tokens:  # a sample in several chunks counts once
+            samples.setdefault(row.task, []).append(row.sample)
     drawn = 0
     for task, ids in samples.items():
         workload = bound.plan.workload

@@ -186,12 +186,12 @@ class StageCache:
 
 
 def batch_shape(context: StageContext, batch: Batch) -> tuple[Any, ...]:
-    """What a batch's operators depend on: for each task segment its adapter and the lengths of its rows."""
-    rows: list[tuple[str, list[int]]] = []
+    """What a batch's operators depend on: for each task segment its adapter and the lengths of its rows (own, past, padding)."""
+    rows: list[tuple[str, list[tuple[int, int, int]]]] = []
     for row in batch.rows:
         if not rows or rows[-1][0] != row.task:
             rows.append((row.task, []))
-        rows[-1][1].append(row.length_tokens)
+        rows[-1][1].append((row.length_tokens, row.past_tokens, row.padding_tokens))
     return batch.htask, tuple((context.peft(task), tuple(lengths)) for task, lengths in rows)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 
 from muxtune.spec.align import Batch, Row
 from muxtune.spec.catalogue import stage_subgraphs
-from muxtune.spec.draw import Draw, align_sample, draw_samples
+from muxtune.spec.draw import Draw, align_chunks, align_sample, draw_samples
 from muxtune.spec.errors import PlanError
-from muxtune.spec.order import feed_of, gpipe, one_f_one_b
-from muxtune.spec.plan import Action, Bucket, Instance, Launch, LaunchList, Plan, StageOrder
+from muxtune.spec.order import chunks_of, feed_of, gpipe, one_f_one_b
+from muxtune.spec.plan import Action, Bucket, Instance, Launch, LaunchList, Plan, StageOrder, Unit
 from muxtune.spec.program import Bound, Instruction, Program, RankProgram, StageLaunches, UnitKey, UnitWork
 
 
@@ -22,7 +22,8 @@ def bind_draw(plan: Plan, draw: Draw, first_step: int = 0) -> Bound:
     """Compile a plan for a given draw.
 
     Raises:
-        PlanError: an explicit order covers a number of steps that does not divide the draw's.
+        PlanError: an explicit order covers a number of steps that does not divide the draw's, or a unit states another
+            number of chunks than its packs have.
     """
     units: list[UnitWork] = []
     lists: dict[int, list[Instruction]] = {device: [] for i in plan.instances for device in i.devices}
@@ -61,7 +62,8 @@ def stage_orders(instance: Instance, replica: int = 0) -> tuple[StageOrder, ...]
         orders = tuple(StageOrder(stage=o.stage, actions=actions) for o, actions in zip(listed, mine, strict=True))
     else:
         make = one_f_one_b if instance.order == "1f1b" else gpipe
-        orders = make([key for key in feed_of(instance) if instance.on_replica(key[1], replica)], instance.layout.pp)
+        feed = [key for key in feed_of(instance) if instance.on_replica(key[1], replica)]
+        orders = make(feed, instance.layout.pp, chunks=chunks_of(instance))
     if any(a.op == "step" for o in orders for a in o.actions):
         return orders
     steps = tuple(Action(op="step", task=task, step=instance.steps - 1) for task in instance.tasks)
@@ -71,24 +73,35 @@ def stage_orders(instance: Instance, replica: int = 0) -> tuple[StageOrder, ...]
 def _unit_works(plan: Plan, draw: Draw, index: int, step: int, first_step: int) -> Iterator[UnitWork]:
     instance = plan.instances[index]
     for b, bucket in enumerate(instance.buckets):
-        for u in range(len(bucket.units)):
-            key = UnitKey(step=step, instance=index, bucket=b, unit=u)
-            batches = (_batch(plan, draw, instance, bucket, u, h, first_step + step) for h in bucket.htasks)
-            yield UnitWork(key=key, batches=tuple(b for b in batches if b.rows))
+        for u, unit in enumerate(bucket.units):
+            aligned = [_batches(plan, draw, instance, unit, h, first_step + step) for h in bucket.htasks]
+            chunks = max(map(len, aligned))
+            if chunks != unit.chunks:
+                raise PlanError(
+                    f"instance {instance.name}: unit {u} of bucket {b} states {unit.chunks} chunks, its packs have {chunks}"
+                )
+            for j in range(chunks):
+                key = UnitKey(step=step, instance=index, bucket=b, unit=u, chunk=j)
+                batches = (batches[j] for batches in aligned if j < len(batches))
+                yield UnitWork(key=key, batches=tuple(x for x in batches if x.rows))
 
 
-def _batch(plan: Plan, draw: Draw, instance: Instance, bucket: Bucket, unit: int, htask: int, step: int) -> Batch:
-    """The rows of one hTask in one unit, tasks in hTask order, so that each task's tokens are contiguous."""
+def _batches(plan: Plan, draw: Draw, instance: Instance, unit: Unit, htask: int, step: int) -> tuple[Batch, ...]:
+    """The rows of one hTask in each chunk of a unit, tasks in hTask order, so that each task's tokens are contiguous."""
     group = instance.htasks[htask]
-    tasks = {t: plan.workload.task(t) for t in group.tasks}
-    longest = max(t.billed_len_tokens for t in tasks.values())
-    rows: list[Row] = []
-    for task_id in group.tasks:
-        samples = draw.of(task_id, step)
-        for part in bucket.units[unit].parts:
-            if part.htask == htask and part.task == task_id:
-                rows += [align_sample(tasks[task_id], s, samples[s], group.alignment, longest) for s in part.slots]
-    return Batch(htask=htask, rows=tuple(rows))
+    tasks = [plan.workload.task(t) for t in group.tasks]
+    longest = max(t.billed_len_tokens for t in tasks)
+    rows: list[list[Row]] = [[]]
+    for task in tasks:
+        samples = draw.of(task.task_id, step)
+        slots = [s for p in unit.parts if p.htask == htask and p.task == task.task_id for s in p.slots]
+        if group.alignment != "chunk":
+            rows[0] += [align_sample(task, s, samples[s], group.alignment, longest) for s in slots]
+            continue
+        for j, chunk in enumerate(align_chunks(task, slots, [samples[s] for s in slots], group.chunk_tokens, longest)):
+            rows += [[] for _ in range(j + 1 - len(rows))]
+            rows[j] += chunk
+    return tuple(Batch(htask=htask, rows=tuple(r)) for r in rows)
 
 
 class _Tags:
@@ -111,7 +124,9 @@ def _rank_instructions(
     ends = {d: instance.devices[layout.rank_at(rank, stage + d)] for d in (-1, 1) if 0 <= stage + d < layout.pp}
     width_bytes = plan.workload.model.hidden * plan.workload.model.element_bytes
     for action in stage_orders(instance, layout.replica_of(rank))[stage].actions:
-        key = UnitKey(step=step + action.step, instance=index, bucket=action.bucket, unit=action.unit)
+        key = UnitKey(
+            step=step + action.step, instance=index, bucket=action.bucket, unit=action.unit, chunk=action.chunk
+        )
         if action.op == "step":
             yield Instruction(op="step", key=key, task=action.task)
             continue

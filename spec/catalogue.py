@@ -180,8 +180,8 @@ def _attention(context: StageContext, batch: Batch) -> Iterator[tuple[Op, bool]]
     yield from _base_op(context, batch, "qkv")
     if model.positions == "rope":
         yield ops.pointwise("rope", batch.tokens, (heads + kv, model.head_dim), 2, 3, "forward", dtype, e), False
-    for rows, length in batch.runs():
-        yield ops.attention(rows, length, (heads, kv, model.head_dim), "forward", dtype, e), False
+    for rows, length, queries in batch.attention_runs():
+        yield ops.attention(rows, length, (heads, kv, model.head_dim), "forward", dtype, e, queries), False
     yield from _base_op(context, batch, "proj")
     # Last in its block: the first layer's block has a backward only from its first adapter on, and pays for that.
     yield ops.overhead("attention", batch.tokens, (model.hidden, model.ffn_hidden), "forward", dtype), False
@@ -264,20 +264,13 @@ def _turn(op: Op, direction: Direction) -> Op:
     if op.family == "lora":
         return ops.lora(op.size[0], (op.shape[0], op.shape[1]), op.shape[2], direction, dtype, e)
     if op.family == "attention":
-        return ops.attention(op.size[0], op.size[1], (op.shape[0], op.shape[1], op.shape[2]), "backward", dtype, e)
+        (rows, length, queries), (heads, kv, width) = op.size, op.shape
+        return ops.attention(rows, length, (heads, kv, width), "backward", dtype, e, queries)
     if op.family in ops.OVERHEADS:
         return ops.overhead(
             op.family.removesuffix("_overhead"), op.size[0], (op.shape[0], op.shape[1]), "backward", dtype
         )
-    return Op(
-        family=op.family,
-        direction="backward",
-        dtype=dtype,
-        size=op.size,
-        shape=op.shape,
-        flops=2 * op.flops,
-        moved_bytes=2 * op.moved_bytes,
-    )
+    return replace(op, direction="backward", flops=2 * op.flops, moved_bytes=2 * op.moved_bytes)
 
 
 def subgraph_ops(context: StageContext, batch: Batch, direction: Way) -> tuple[tuple[Op, ...], ...]:

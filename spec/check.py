@@ -6,11 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
-from muxtune.spec.bind import bind, stage_orders
+from muxtune.spec.bind import bind
 from muxtune.spec.catalogue import stage_subgraphs
+from muxtune.spec.check_order import check_orders
 from muxtune.spec.errors import PlanError
 from muxtune.spec.memory import moment_text, rank_peaks
-from muxtune.spec.plan import Instance, OrderKey, Plan, StageOrder
+from muxtune.spec.plan import Instance, Plan, unit_chunks
 from muxtune.spec.program import Bound, Instruction, Program
 from muxtune.spec.units import format_bytes
 
@@ -52,7 +53,8 @@ def _instance(plan: Plan, instance: Instance) -> Iterator[str]:
     for h in sorted(set(in_buckets) - set(range(len(instance.htasks)))):
         yield f"instance {instance.name}: a bucket names hTask {h}, but there are only {len(instance.htasks)}"
     yield from _slots(plan, instance)
-    yield from _orders(instance)
+    yield from _chunks(plan, instance)
+    yield from check_orders(instance)
     if all(0 <= x.stage < instance.layout.pp for b in instance.buckets for x in b.launches):
         yield from _launches(instance)
     else:
@@ -78,6 +80,7 @@ def _layout(plan: Plan, instance: Instance) -> Iterator[str]:
 def _slots(plan: Plan, instance: Instance) -> Iterator[str]:
     """Every sample slot of every task is computed exactly once, in a bucket that holds its hTask."""
     used: Counter[tuple[str, int]] = Counter()
+    known = {t.task_id: t.global_batch_samples for t in plan.workload.tasks}
     for b, bucket in enumerate(instance.buckets):
         for u, unit in enumerate(bucket.units):
             if not any(p.slots for p in unit.parts):
@@ -89,7 +92,6 @@ def _slots(plan: Plan, instance: Instance) -> Iterator[str]:
                     yield f"{place} names hTask {part.htask}, which is not in that bucket"
                 elif part.task not in instance.htasks[part.htask].tasks:
                     yield f"{place} runs task {part.task} in hTask {part.htask}, which does not hold it"
-    known = {t.task_id: t.global_batch_samples for t in plan.workload.tasks}
     for task in instance.tasks:
         slots = [used.pop((task, s), 0) for s in range(known.get(task, 0))]
         if any(n != 1 for n in slots):
@@ -99,66 +101,20 @@ def _slots(plan: Plan, instance: Instance) -> Iterator[str]:
         yield f"instance {instance.name}: slot {slot} of task {task} is beyond its global batch or its instance"
 
 
-def _orders(instance: Instance) -> Iterator[str]:
-    """Each stage runs each unit forward once, then backward once, for each step; steps stand after the last backward."""
-    name = f"instance {instance.name}"
-    units = {(b, u) for b, bucket in enumerate(instance.buckets) for u in range(len(bucket.units))}
-    if instance.feed and (len(instance.feed) != len(units) or set(instance.feed) != units):
-        yield f"{name}: feed must name each of the {len(units)} units exactly once"
+def _chunks(plan: Plan, instance: Instance) -> Iterator[str]:
+    """Each unit states the number of chunks that its packs have; parts that name nothing known are other checks' matter."""
+    known = {t.task_id for t in plan.workload.tasks}
+    if not known.issuperset(instance.tasks):
         return
-    stages = [o.stage for o in stage_orders(instance)]
-    if stages != list(range(instance.layout.pp)):
-        yield f"{name}: orders are for stages {stages}, expected one for each of 0..{instance.layout.pp - 1}"
-        return
-    for replica in range(instance.layout.dp):
-        wanted = {key for key in units if instance.on_replica(key[1], replica)}
-        for order in stage_orders(instance, replica):
-            yield from _stage_order(instance, order, wanted)
-
-
-def _stage_order(instance: Instance, order: StageOrder, units: set[OrderKey]) -> Iterator[str]:
-    """One stage of one replica, which computes `units`."""
-    name = f"instance {instance.name}: stage {order.stage}"
-    seen = Counter((a.op, a.bucket, a.unit, a.step) for a in order.actions if a.op != "step")
-    wanted = {(op, b, u, s) for op in ("forward", "backward") for b, u in units for s in range(instance.steps)}
-    for op, b, u, s in sorted(wanted - set(seen)):
-        yield f"{name} never runs the {op} of unit {u} of bucket {b} (step {s})"
-    for (op, b, u, s), count in sorted(seen.items()):
-        if count > 1 or (op, b, u, s) not in wanted:
-            yield f"{name} runs the {op} of unit {u} of bucket {b} (step {s}) {count} times"
-    for task in sorted({a.task for a in order.actions if a.op == "step"} - set(instance.tasks)):
-        yield f"{name} steps task {task}, which the instance does not hold"
-    yield from _order_in_time(instance, order)
-
-
-def _order_in_time(instance: Instance, order: StageOrder) -> Iterator[str]:
-    name, actions = f"instance {instance.name}: stage {order.stage}", order.actions
-    place = {(a.op, a.bucket, a.unit, a.step): i for i, a in enumerate(actions) if a.op != "step"}
-    for (op, b, u, s), index in place.items():
-        if op == "backward" and place.get(("forward", b, u, s), -1) > index:
-            yield f"{name}: backward of unit {u} of bucket {b} stands before its forward"
-    for task in instance.tasks:
-        steps = [i for i, a in enumerate(actions) if a.op == "step" and a.task == task]
-        if len(steps) != instance.steps:
-            yield f"{name}: task {task} steps {len(steps)} times, the order covers {instance.steps}"
-            continue
-        for s, at in enumerate(steps):
-            mine = _unit_places(instance, actions, task, s)
-            if mine and max(mine) > at:
-                yield f"{name}: step {s} of task {task} stands before one of its backwards"
-            after = _unit_places(instance, actions, task, s + 1)
-            if after and min(after) < at:
-                yield f"{name}: a forward of task {task} of step {s + 1} stands before step {s}"
-
-
-def _unit_places(instance: Instance, actions: tuple[object, ...], task: str, step: int) -> list[int]:
-    holds = {
-        (b, u)
-        for b, bucket in enumerate(instance.buckets)
-        for u, unit in enumerate(bucket.units)
-        if any(p.task == task for p in unit.parts)
-    }
-    return [i for i, a in enumerate(actions) if a.op != "step" and a.step == step and (a.bucket, a.unit) in holds]  # type: ignore[attr-defined]
+    for b, bucket in enumerate(instance.buckets):
+        for u, unit in enumerate(bucket.units):
+            if all(0 <= p.htask < len(instance.htasks) and p.task in known for p in unit.parts):
+                chunks = unit_chunks(plan.workload, instance.htasks, unit.parts)
+                if unit.chunks != chunks:
+                    yield (
+                        f"instance {instance.name}: unit {u} of bucket {b} states {unit.chunks} chunks, "
+                        f"its packs have {chunks}"
+                    )
 
 
 def _launches(instance: Instance) -> Iterator[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from muxtune.spec.align import Alignment, Row, aligned_length, truncate
+from muxtune.spec.align import Alignment, Piece, Row, aligned_length, cut_packs, truncate
 from muxtune.spec.noun import noun
 from muxtune.spec.task import Task, Workload
 
@@ -82,4 +84,30 @@ def align_sample(task: Task, slot: int, sample: Sample, alignment: Alignment, lo
         prompt_tokens=prompt,
         response_tokens=response,
         length_tokens=length,
+    )
+
+
+def align_chunks(
+    task: Task, slots: Sequence[int], samples: Sequence[Sample], chunk_tokens: int, longest_billed_tokens: int
+) -> tuple[tuple[Row, ...], ...]:
+    """Pack the samples of one task in one micro-batch at their billed length and cut the packs: the rows of each chunk.
+
+    A sample's own tokens come first, the padding to its billed length after them.
+    """
+    packed = cut_packs([task.billed_len_tokens] * len(slots), longest_billed_tokens, chunk_tokens)
+    whole = [align_sample(task, slot, sample, "varlen", 0) for slot, sample in zip(slots, samples, strict=True)]
+    return tuple(tuple(_part(whole[p.sequence], p) for pieces in chunk for p in pieces) for chunk in packed)
+
+
+def _part(row: Row, piece: Piece) -> Row:
+    """The part of a sample that lies in one chunk."""
+    end = piece.past_tokens + piece.tokens
+    prompt, raw = (min(n, end) - min(n, piece.past_tokens) for n in (row.prompt_tokens, row.raw_tokens))
+    return replace(
+        row,
+        prompt_tokens=prompt,
+        response_tokens=raw - prompt,
+        length_tokens=piece.tokens + piece.padding_tokens,
+        past_tokens=piece.past_tokens,
+        padding_tokens=piece.padding_tokens,
     )

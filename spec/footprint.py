@@ -46,7 +46,8 @@ class Footprint:
     """Bytes in use on one rank at one moment, by kind.
 
     `weights` are the frozen backbone's; `gradients` and `optimizer_states` the adapters'. `activations` are what batches keep
-    from forward to backward (and, under recomputation, the layer that a backward has made again); `messages` are received and
+    from forward to backward (and, under recomputation, the layer that a backward has made again); `kv` are
+    keys and values of packs in several chunks, with their gradients; `messages` are received and
     not yet used, or being sent; `workspace` is the transient of the operators that run; `rounding` what the allocator adds.
     """
 
@@ -55,6 +56,7 @@ class Footprint:
     gradients_bytes: int = 0
     optimizer_states_bytes: int = 0
     activations_bytes: int = 0
+    kv_bytes: int = 0
     messages_bytes: int = 0
     workspace_bytes: int = 0
     rounding_bytes: int = 0

@@ -7,6 +7,7 @@ tasks are in flight at once, is in memory_paper.py.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
+from dataclasses import replace
 
 from muxtune.spec.catalogue import StageContext, adapter_sizes
 from muxtune.spec.cluster import DeviceSpec
@@ -14,7 +15,14 @@ from muxtune.spec.footprint import Amount, Footprint, Tensors, amount
 from muxtune.spec.noun import noun
 from muxtune.spec.plan import Plan
 from muxtune.spec.program import Bound, Instruction, RankProgram, UnitKey, UnitWork
-from muxtune.spec.tensors import ADAPTER_KINDS, again_tensors, held_tensors, weight_tensors, working_bytes
+from muxtune.spec.tensors import (
+    ADAPTER_KINDS,
+    again_tensors,
+    chunk_kv_tensors,
+    held_tensors,
+    weight_tensors,
+    working_bytes,
+)
 
 
 @noun
@@ -102,7 +110,7 @@ class MemoryWalk:
         self.works: dict[UnitKey, UnitWork] = {w.key: w for w in bound.program.units}
         self.static = static_footprint(bound.plan, rank)
         self.static_bytes = self.static.total_bytes
-        self.parts: dict[str, dict[Hashable, Amount]] = {"activations": {}, "messages": {}, "workspace": {}}
+        self.parts: dict[str, dict[Hashable, Amount]] = {"activations": {}, "kv": {}, "messages": {}, "workspace": {}}
         self.moving_bytes = 0
         self.contexts: dict[int, StageContext] = {}
         self.amounts: dict[Hashable, UnitAmounts] = {}
@@ -132,6 +140,8 @@ class MemoryWalk:
                 # The received stream is from now on the input that the first layer keeps.
                 self._drop("messages", (x.key, "activation", "recv"))
                 self._put("activations", x.key, held)
+                if kv := self._kv_tensors(x.key):
+                    self._put("kv", x.key, amount(kv, self.device))
             else:
                 self._put("activations", (x.key, "again"), again)
             self._put("workspace", x.key, working)
@@ -143,8 +153,26 @@ class MemoryWalk:
         self._drop("workspace", x.key)
         if x.op == "backward":
             self._drop("activations", (x.key, "again"))
-            self._drop("activations", x.key)
             self._drop("messages", (x.key, "gradient", "recv"))
+            self._release(x.key)
+
+    def _kv_tensors(self, key: UnitKey) -> Tensors:
+        """KV and dKV of the hTasks whose packs have several chunks."""
+        if self._chunks(key) == 1:
+            return ()
+        context, htasks = self.context(key.instance), self.plan.instances[key.instance].htasks
+        chunked = (b for b in self.works[key].batches if htasks[b.htask].alignment == "chunk")
+        return tuple(t for b in chunked for t in chunk_kv_tensors(context, b))
+
+    def _release(self, key: UnitKey) -> None:
+        """The last backward of a unit, that of its first chunk, frees what all its chunks hold."""
+        for chunk in range(self._chunks(key) if key.chunk == 0 else 0):
+            done = replace(key, chunk=chunk)
+            self._drop("activations", done)
+            self._drop("kv", done)
+
+    def _chunks(self, key: UnitKey) -> int:
+        return self.plan.instances[key.instance].buckets[key.bucket].units[key.unit].chunks
 
     def in_use(self) -> int:
         """Bytes in use now."""
@@ -215,4 +243,5 @@ def moment_text(bound: Bound, peak: RankPeak) -> str:
         return "before the first instruction"
     listing = next(x for x in bound.program.ranks if x.rank == peak.rank)
     x = listing.instructions[peak.instruction]
-    return f"during {x.op} of bucket {x.key.bucket} unit {x.key.unit}"
+    chunk = f" chunk {x.key.chunk}" if x.key.chunk else ""
+    return f"during {x.op} of bucket {x.key.bucket} unit {x.key.unit}{chunk}"

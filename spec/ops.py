@@ -12,10 +12,19 @@ Direction = Literal["forward", "backward", "weights"]
 
 @noun
 class Family:
-    """Names of the variables of a family: `size` ones are interpolated over, `shape` ones must match a measurement."""
+    """Names of the variables of a family: `size` ones are interpolated over, `shape` ones must match a measurement.
+
+    A measurement gives the first `measured` size variables (all by default), the others follow from them.
+    """
 
     size: tuple[str, ...]
     shape: tuple[str, ...]
+    measured: int | None = None
+
+    @property
+    def grid(self) -> tuple[str, ...]:
+        """The size variables that a measured point states."""
+        return self.size[: self.measured]
 
 
 #: Collectives over the ranks of a group; `bytes` are those of the whole tensor.
@@ -32,7 +41,8 @@ FAMILIES: dict[str, Family] = {
     "linear": Family(size=("tokens",), shape=("in", "out", "bias")),
     "lora": Family(size=("tokens",), shape=("in", "out", "rank")),
     "rope": Family(size=("tokens",), shape=("heads", "head_dim")),
-    "attention": Family(size=("rows", "length"), shape=("heads", "kv_heads", "head_dim")),
+    # Measured where it is square: as many queries as keys.
+    "attention": Family(size=("rows", "length", "queries"), shape=("heads", "kv_heads", "head_dim"), measured=2),
     "swiglu": Family(size=("tokens",), shape=("ffn_hidden",)),
     "geglu": Family(size=("tokens",), shape=("ffn_hidden",)),
     "gelu": Family(size=("tokens",), shape=("ffn_hidden",)),
@@ -109,19 +119,30 @@ def lora(tokens: int, features: tuple[int, int], rank: int, direction: Direction
 
 
 def attention(
-    rows: int, length: int, heads: tuple[int, int, int], direction: Direction, dtype: str, element_bytes: int
+    rows: int,
+    length: int,
+    heads: tuple[int, int, int],
+    direction: Direction,
+    dtype: str,
+    element_bytes: int,
+    queries: int | None = None,
 ) -> Op:
-    """Causal attention of `rows` sequences of one length: 2 · rows · length² · heads · head_dim flops, backward 2.5×."""
+    """Causal attention of the last `queries` tokens (all by default) of `rows` sequences to all `length` tokens up to theirs.
+
+    2 · rows · queries · (2 · length − queries) · heads · head_dim flops (a token's attention to itself counts half, so that
+    the chunks of a sequence add up to 2 · length²), backward 2.5×.
+    """
     h, kv, d = heads
-    forward = 2 * rows * length * length * h * d
-    moved = rows * length * d * (2 * h + 2 * kv) * element_bytes
+    q = length if queries is None else queries
+    forward = 2 * rows * q * (2 * length - q) * h * d
+    moved = rows * d * (2 * h * q + 2 * kv * length) * element_bytes
     factor = 1 if direction == "forward" else 2
     flops = forward if direction == "forward" else forward * 5 // 2
     return Op(
         family="attention",
         direction=direction,
         dtype=dtype,
-        size=(rows, length),
+        size=(rows, length, q),
         shape=heads,
         flops=flops,
         moved_bytes=moved * factor,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Literal
 
-from muxtune.spec.align import ALIGNMENTS, Alignment
+from muxtune.spec.align import ALIGNMENTS, Alignment, cut_packs
 from muxtune.spec.cluster import Cluster
 from muxtune.spec.estimate import Estimate
 from muxtune.spec.layout import Layout
@@ -21,17 +23,26 @@ OrderKey = tuple[int, int]
 
 @noun
 class HTask:
-    """Tasks batched along the batch dimension. `fuse_adapters` runs their adapters as one grouped operator."""
+    """Tasks batched along the batch dimension. `fuse_adapters` runs their adapters as one grouped operator.
+
+    `chunk_tokens` is the chunk size of alignment `chunk` and 0 for all others.
+    """
 
     tasks: tuple[str, ...]
     alignment: Alignment = "pad"
     fuse_adapters: bool = True
+    chunk_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ValueError("tasks is empty: an hTask has at least one task")
         if self.alignment not in ALIGNMENTS:
             raise ValueError(f"alignment={self.alignment!r}: known are {list(ALIGNMENTS)}")
+        if (self.alignment == "chunk") != (self.chunk_tokens > 0) or self.chunk_tokens < 0:
+            raise ValueError(
+                f"chunk_tokens={self.chunk_tokens} with alignment={self.alignment!r}: give `chunk` a size of at least 1, "
+                "all others 0"
+            )
 
 
 @noun
@@ -45,9 +56,13 @@ class Part:
 
 @noun
 class Unit:
-    """The smallest thing a stage runs forward or backward: one micro-batch of every hTask of its bucket."""
+    """One micro-batch of every hTask of its bucket: what a stage runs forward or backward, whole or chunk by chunk.
+
+    `chunks` is K, the most chunks that a pack of its hTasks has; hTasks that are not chunked ride in chunk 0.
+    """
 
     parts: tuple[Part, ...]
+    chunks: int = 1
 
 
 @noun
@@ -79,7 +94,7 @@ class Bucket:
 
 @noun
 class Action:
-    """One entry of a stage's order: a unit's forward or backward, or the optimizer step of a task.
+    """One entry of a stage's order: the forward or backward of a unit (of its chunk), or the optimizer step of a task.
 
     `step` counts optimizer steps inside the Program (0 unless the order covers several).
     """
@@ -89,6 +104,7 @@ class Action:
     unit: int = -1
     task: str = ""
     step: int = 0
+    chunk: int = 0
 
 
 @noun
@@ -141,6 +157,21 @@ class Instance:
     def tasks(self) -> tuple[str, ...]:
         """Task ids in hTask order."""
         return tuple(t for h in self.htasks for t in h.tasks)
+
+
+def unit_chunks(workload: Workload, htasks: Sequence[HTask], parts: Sequence[Part]) -> int:
+    """K of a unit with these parts: the chunks of the longest pack of any of its hTasks, at least 1."""
+    samples = Counter({(p.htask, p.task): 0 for p in parts})
+    for part in parts:
+        samples[part.htask, part.task] += len(part.slots)
+    most = 1
+    for (h, task_id), count in samples.items():
+        htask = htasks[h]
+        if htask.alignment == "chunk":
+            longest = max(workload.task(t).billed_len_tokens for t in htask.tasks)
+            lengths = [workload.task(task_id).billed_len_tokens] * count
+            most = max(most, len(cut_packs(lengths, longest, htask.chunk_tokens)))
+    return most
 
 
 @noun

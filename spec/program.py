@@ -13,7 +13,7 @@ OpName = Literal["recv", "forward", "send", "backward", "step"]
 
 @noun
 class UnitKey:
-    """Which unit of work: optimizer step within the Program, instance, bucket, unit, chunk (0 while alignment has none)."""
+    """Which unit of work: optimizer step within the Program, instance, bucket, unit, chunk (0 where it is not cut)."""
 
     step: int
     instance: int
@@ -41,7 +41,7 @@ class Instruction:
 
 @noun
 class UnitWork:
-    """The batches of a unit, one an hTask of its bucket (hTasks without rows in this unit are left out)."""
+    """The batches of a unit (of one chunk of it), one an hTask of its bucket; hTasks without rows in it are left out."""
 
     key: UnitKey
     batches: tuple[Batch, ...]

@@ -16,6 +16,8 @@ from muxtune.spec.peft import TARGETS
 #: Bytes an adapter parameter needs of each kind: itself, its gradient, the two AdamW moments, all fp32.
 ADAPTER_KINDS = {"adapters": 4, "gradients": 4, "optimizer_states": 8}
 ADAPTER_STATE_BYTES = sum(ADAPTER_KINDS.values())
+#: dK and dV of a chunk are added up over the later chunks in fp32.
+DKV_BYTES = 4
 
 
 def weight_tensors(context: StageContext) -> Tensors:
@@ -123,6 +125,22 @@ def _mlp_held(context: StageContext, batch: Batch) -> Iterator[int]:
     yield batch.tokens * (model.ffn_hidden // tp if model.gated else 0)
     yield from _saved_inputs(context, batch, "fc1")
     yield from _saved_inputs(context, batch, "fc2")
+
+
+def chunk_kv_tensors(context: StageContext, batch: Batch) -> Tensors:
+    """Keys and values that a chunk leaves to the later chunks of its pack, and the fp32 dK and dV that they add up for it.
+
+    Counted beside what autograd saves of the chunk, which recomputation may drop, and from the chunk's forward on.
+    """
+    model, layout = context.model, context.layout
+    each = batch.tokens * max(1, model.kv_heads // layout.tp) * model.head_dim
+    count = 2 * len(layout.layers_of(context.stage))
+    return ((each * model.element_bytes, count), (each * DKV_BYTES, count))
+
+
+def chunk_kv_bytes(context: StageContext, batch: Batch) -> int:
+    """Bytes of `chunk_kv_tensors`, without rounding."""
+    return exact_bytes(chunk_kv_tensors(context, batch))
 
 
 def working_bytes(context: StageContext, batch: Batch) -> int:

@@ -189,7 +189,7 @@ def test_the_stage_engine_agrees_to_the_nanosecond(priority: Any, ties: Any, tp:
     """A bucket's clock, its adapters fused and its compute slowed under collectives, is what the planner took it for."""
     rule = LaunchRule(priority=priority, ties=ties)
     state = tiny_state(tp=tp, cluster="4xA40", microbatches=1)
-    surrogate = Surrogate(NoHost(), state, "pad", rule)
+    surrogate = Surrogate(NoHost(), state, "pad", rule=rule)
     groups, htasks = [("t0", "t3"), ("t1",), ("t2",)], (0, 1, 2)
     for listing in launch_lists(surrogate, htasks, groups):
         batches = [

@@ -23,7 +23,7 @@ from muxtune.spec.check import check
 from muxtune.spec.cluster import DeviceSpec, Link, device_presets, parse_cluster
 from muxtune.spec.errors import PlanError
 from muxtune.spec.ops import Op
-from muxtune.spec.order import bucket_major, eager, gpipe, one_f_one_b
+from muxtune.spec.order import bucket_major, chunks_of, eager, gpipe, one_f_one_b
 from muxtune.spec.plan import Action, Instance, Plan, StageOrder
 from muxtune.spec.program import Bound
 
@@ -248,7 +248,8 @@ def programs(draw: st.DrawFn, make_workload: Any, make_state: Any) -> Bound:
     groups = partition(draw, ids)
     buckets = partition(draw, list(range(len(groups))))
     alignment: Alignment = draw(st.sampled_from(ALIGNMENTS))
-    instance = make_instance(state, "random", groups, buckets, alignment)
+    chunk_tokens = draw(st.sampled_from((0, 32, 48, 100, 128, 1000))) if alignment == "chunk" else 0
+    instance = make_instance(state, "random", groups, buckets, alignment, chunk_tokens)
     feed = tuple(draw(st.permutations(bucket_major(instance.buckets))))
     instance = ordered(draw, dataclasses.replace(instance, feed=feed))
     plan = Plan(workload=workload, cluster=state.cluster, instances=(instance,))
@@ -272,11 +273,16 @@ def ordered(draw: st.DrawFn, instance: Instance) -> Instance:
         seed, budget = draw(st.integers(0, 99)), draw(st.integers(1, 4))
         noise = Noise(seed)
         made = eager(
-            instance.feed, stages, lambda *key: 1 + noise._draw(key) % 50, lambda *key: 1, [budget] * stages
+            instance.feed,
+            stages,
+            lambda *key: 1 + noise._draw(key) % 50,
+            lambda *key: 1,
+            [budget] * stages,
+            chunks_of(instance),
         ).orders
         return dataclasses.replace(instance, order="explicit", orders=with_steps(instance, [made]))
     make = draw(st.sampled_from((one_f_one_b, gpipe)))
-    orders = with_steps(instance, [make(instance.feed, stages, step) for step in range(2)])
+    orders = with_steps(instance, [make(instance.feed, stages, step, chunks_of(instance)) for step in range(2)])
     return dataclasses.replace(instance, order="explicit", orders=orders, steps=2)
 
 
@@ -291,7 +297,10 @@ def with_steps(instance: Instance, passes: list[tuple[StageOrder, ...]]) -> tupl
     for stage in range(instance.layout.pp):
         actions: list[Action] = []
         for number, orders in enumerate(passes):
-            open_units = {task: sum(task in held for held in holders.values()) for task in instance.tasks}
+            chunks = chunks_of(instance)
+            open_units = {
+                task: sum(chunks[key] for key, held in holders.items() if task in held) for task in instance.tasks
+            }
             for action in orders[stage].actions:
                 actions.append(action)
                 for task in instance.tasks:

@@ -68,7 +68,7 @@ def test_equal_nouns_have_equal_digests() -> None:
 def test_canonical_bytes_by_hand() -> None:
     made = Box(width=1.5, inner=(HTask(tasks=("ä",)),))
     assert canonical_bytes(made).decode() == (
-        '{"inner":[{"alignment":"pad","fuse_adapters":true,"tasks":["ä"]}],"width":1.5}'
+        '{"inner":[{"alignment":"pad","chunk_tokens":0,"fuse_adapters":true,"tasks":["ä"]}],"width":1.5}'
     )
 
 
@@ -96,7 +96,10 @@ def test_nouns_cannot_be_changed_or_made_by_position() -> None:
     ("make", "message"),
     [
         (lambda: HTask(tasks=()), "an hTask has at least one task"),
-        (lambda: HTask(tasks=("a",), alignment="chunk"), r"alignment='chunk': known are \['pad', 'varlen'\]"),
+        (lambda: HTask(tasks=("a",), alignment="flat"), r"alignment='flat': known are \['pad', 'varlen', 'chunk'\]"),
+        (lambda: HTask(tasks=("a",), alignment="chunk"), "chunk_tokens=0 with alignment='chunk': give `chunk` a size"),
+        (lambda: HTask(tasks=("a",), chunk_tokens=64), "chunk_tokens=64 with alignment='pad': give `chunk` a size"),
+        (lambda: HTask(tasks=("a",), chunk_tokens=-1), "chunk_tokens=-1 with alignment='pad': give `chunk` a size"),
         (lambda: Layout(tp=0, layers_per_stage=(1,)), "tp=0: must be at least 1"),
         (lambda: Layout(pp=2, layers_per_stage=(1,)), r"layers_per_stage=\[1\]: give each of pp=2 stages"),
         (lambda: Layout(pp=2, layers_per_stage=(1, 0)), r"layers_per_stage=\[1, 0\]: give each of pp=2 stages"),

@@ -66,8 +66,8 @@ def forward_of(op: Op) -> Op:
     if op.family == "lora":
         return ops.lora(op.size[0], (op.shape[0], op.shape[1]), op.shape[2], "forward", op.dtype, DTYPE_BYTES[op.dtype])
     if op.family == "attention":
-        heads = (op.shape[0], op.shape[1], op.shape[2])
-        return ops.attention(op.size[0], op.size[1], heads, "forward", op.dtype, DTYPE_BYTES[op.dtype])
+        (rows, length, queries), (heads, kv, width) = op.size, op.shape
+        return ops.attention(rows, length, (heads, kv, width), "forward", op.dtype, DTYPE_BYTES[op.dtype], queries)
     if op.family in OVERHEADS:
         return replace(op, direction="forward")
     return replace(op, direction="forward", flops=op.flops // 2, moved_bytes=op.moved_bytes // 2)

@@ -69,9 +69,9 @@ class Curve:
         if len({p.size for p in self.points}) < len(self.points):
             raise ValueError(f"{self.name}: a size is measured twice; keep one point a size")
         for point in self.points:
-            if len(point.size) != len(FAMILIES[self.family].size) or min(point.size) < 1:
+            if len(point.size) != len(FAMILIES[self.family].grid) or min(point.size) < 1:
                 raise ValueError(
-                    f"{self.name}: size {point.size}: expected {FAMILIES[self.family].size}, each at least 1"
+                    f"{self.name}: size {point.size}: expected {FAMILIES[self.family].grid}, each at least 1"
                 )
             if point.p50_ns < 1 and self.family not in REMAINDERS:
                 raise ValueError(f"{self.name}: p50_ns={point.p50_ns} at {point.size}: a measured time is at least 1")
@@ -165,10 +165,11 @@ class Table(CostBase):
         if op.group not in self._curves:
             raise ExtrapolationError(f"{_group_name(op.group)} was not measured: profile again with this workload")
         curve, interpolate = self._curves[op.group]
-        extrapolated = not interpolate.covers(op.size)
+        size, share = _measured_size(op)
+        extrapolated = share < 1 or not interpolate.covers(size)
         if extrapolated and not self.allow_extrapolation:
             raise ExtrapolationError(_outside(op, curve))
-        p50_ns = round(interpolate.ns(op.size))
+        p50_ns = round(share * interpolate.ns(size))
         mape = self._mape.get(op.family)
         busy, guessed = self._utilisation(op, curve)
         return Cost(
@@ -250,6 +251,17 @@ def _left_out(sizes: Iterable[Size]) -> Iterator[list[Size]]:
             yield [size for size in ordered if size[axis] == value]
 
 
+def _measured_size(op: Op) -> tuple[Size, float]:
+    """The size that stands for an operator in a profile, and the operator's share of its time.
+
+    Attention is measured square. A chunk of a sequence takes its share of the flops of all queries to the same keys.
+    """
+    if op.family != "attention":
+        return op.size, 1.0
+    _, length, queries = op.size
+    return op.size[:2], queries * (2 * length - queries) / length**2
+
+
 def _interpolant(curve: Curve, device: DeviceSpec, measured_ns: Mapping[Size, int] | None = None) -> Interpolant:
     points = measured_ns or {p.size: p.p50_ns for p in curve.points}
     if curve.family in REMAINDERS:
@@ -282,10 +294,11 @@ def _group_name(group: Group) -> str:
 def _outside(op: Op, curve: Curve) -> str:
     """The sentence that refuses an operator outside the measured range."""
     parts: list[str] = []
-    for i, variable in enumerate(FAMILIES[op.family].size):
+    for i, variable in enumerate(FAMILIES[op.family].grid):
         values = sorted({p.size[i] for p in curve.points})
         if not values[0] <= op.size[i] <= values[-1]:
             parts.append(f"{variable}={op.size[i]} is outside the measured {values[0]}..{values[-1]}")
-    return (
-        f"{curve.name}: {' and '.join(parts)}: profile again with this workload, or allow it by --allow-extrapolation"
-    )
+    if _measured_size(op)[1] < 1:
+        parts.append(f"a chunk of {op.size[2]} queries to {op.size[1]} keys is never measured")
+    remedy = "allow it" if _measured_size(op)[1] < 1 else "profile again with this workload, or allow it"
+    return f"{curve.name}: {' and '.join(parts)}: {remedy} by --allow-extrapolation"
