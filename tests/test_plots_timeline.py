@@ -61,7 +61,7 @@ def test_pictures_are_valid_and_the_same_twice(timelines: dict[str, Timeline], n
 
 
 def figures(timeline: Timeline) -> Iterable[Figure]:
-    rank, index = fullest_clock(timeline)
+    rank, index = fullest_clock(timeline)  # type: ignore
     whole = next(s for s in timeline.instruction_spans(rank) if s.index == index)
     inner = [s for s in timeline.spans if (s.rank, s.index) == (rank, index) and s.subgraph >= 0]
     yield _pipeline(timeline)
@@ -118,7 +118,7 @@ def test_every_forward_is_a_box(timelines: dict[str, Timeline]) -> None:
     timeline = timelines["32 tasks"]
     colour = matplotlib.colors.to_rgba(LANE_KINDS[0][2])
     axes = _pipeline(timeline).axes[0]
-    drawn = sum(len(c.get_paths()) for c in axes.collections if tuple(c.get_facecolor()[0]) == colour)
+    drawn = sum(len(c.get_paths()) for c in axes.collections if tuple(c.get_facecolor()[0]) == colour)  # type: ignore
     assert drawn == sum(s.op == "forward" and s.subgraph < 0 for s in timeline.spans)
 
 
@@ -127,8 +127,8 @@ def test_stall_bars_are_whole(timelines: dict[str, Timeline]) -> None:
     axes = _stalls(timelines["32 tasks"]).axes[0]
     widths: dict[float, float] = {}
     for bar in axes.patches:
-        at = round(bar.get_y(), 3)
-        widths[at] = widths.get(at, 0.0) + bar.get_width()
+        at = round(bar.get_y(), 3)  # type: ignore
+        widths[at] = widths.get(at, 0.0) + bar.get_width()  # type: ignore
     assert len(widths) == 3  # all ranks, rank 0, rank 1
     assert all(width == pytest.approx(100) for width in widths.values())
 
@@ -151,7 +151,7 @@ def test_what_a_timeline_does_not_have_is_not_drawn(timelines: dict[str, Timelin
 
 
 def test_the_fullest_clock_has_the_most_htasks(timelines: dict[str, Timeline]) -> None:
-    rank, index = fullest_clock(timelines["32 tasks"])
+    rank, index = fullest_clock(timelines["32 tasks"])  # type: ignore
     spans = [s for s in timelines["32 tasks"].spans if (s.rank, s.index) == (rank, index) and s.subgraph >= 0]
     assert len({s.tasks for s in spans}) == 24
 
