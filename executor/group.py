@@ -172,6 +172,11 @@ def require_runnable(instance: Instance) -> None:
         InputError: names the instance, the feature and the way round it.
     """
     layout = instance.layout
+    if layout.tp > 1 and instance.devices != tuple(range(layout.ranks)):
+        raise InputError(
+            f"instance {instance.name}: devices {list(instance.devices)}: with tensor parallelism the executor runs ranks in "
+            f"their own order only; use devices 0..{layout.ranks - 1}"
+        )
     if layout.dp > 1 or layout.sequence_parallel:
         raise InputError(
             f"instance {instance.name}: dp={layout.dp}, sequence_parallel={str(layout.sequence_parallel).lower()}: the "

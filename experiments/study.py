@@ -179,7 +179,7 @@ class Study:
             rows=tuple(rows),
             rankings=tuple(rank(rows)),
             families=self.fitted.families,
-            fitted_on=f"{config.profile_rounds} rounds over single operators of {config.workloads[0].model.name}",
+            fitted_on=f"{config.profile_rounds} rounds over operators and whole stages of {config.workloads[0].model.name}",
             held_out=f"all {len(rows)} plans: no plan that is compared was used in fitting",
             reference_ns=self.fitted.reference_ns,
             provenance=born,

@@ -33,8 +33,8 @@ class Estimate:
     `utilisation` is the share in which a rank computes (forward, backward, step); `stalls` adds up to 1 and has it in
     its parts. `mfu` is useful flops (spec/flops.py) at raw lengths over the peak of the backbone's dtype: padding is not
     useful. `mfu_billed` counts billed lengths (the paper's effective tokens), and may pass 1 where less than these is
-    computed. `energy_j` = idle + dynamic energy of one iteration on the ranks that the plan uses; links take none. None: not
-    known (no energy figures, or a plan file from before the field).
+    computed. `energy_j` = idle + dynamic energy of one iteration on the ranks that the plan uses; links take none. None:
+    not known (no energy figures, or a plan file from before the field).
     """
 
     iteration_ns: int

@@ -43,6 +43,10 @@ class ModelSpec:
         for field in ("layers", "hidden", "ffn_hidden", "heads", "kv_heads", "head_dim", "vocab", "max_positions"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)}: must be at least 1")
+        if self.positions == "rope" and (self.head_dim % 2 or self.rope_base < 1):
+            raise ValueError(
+                f"head_dim={self.head_dim}, rope_base={self.rope_base}: rope needs an even head_dim, a base above 0"
+            )
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads={self.kv_heads}: must divide heads={self.heads}")
 

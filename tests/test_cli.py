@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -441,3 +442,41 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait() == 141
+
+
+BROKEN = """
+from dataclasses import replace
+from muxtune.policies.base import Policy, make_policy
+
+class Boom(Policy):
+    def plan(self, state):
+        return {}["nothing"]
+
+class Cheat(Policy):
+    def plan(self, state):
+        workload = replace(state.workload, tasks=state.workload.tasks[:1])
+        return make_policy("temporal", self.cost).plan(replace(state, workload=workload))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "text"),
+    [
+        ("Boom", 2, "policy Boom failed with KeyError at broken.py:7"),
+        ("Cheat", 1, "policy Cheat: its plan has another workload or cluster than it was given"),
+    ],
+)
+def test_a_broken_policy_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str, code: int, text: str
+) -> None:
+    (tmp_path / "broken.py").write_text(BROKEN)
+    (tmp_path / "w.yaml").write_text(
+        "model: tiny-llama\ntasks:\n  - {task_id: a, dataset: sst2, global_batch_samples: 2, peft: {kind: lora}}\n"
+        "  - {task_id: b, dataset: sst2, global_batch_samples: 2, peft: {kind: lora}}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    found = main(["plan", "--workload", "w.yaml", "--cluster", "cpu", "--policy", f"broken.py:{name}"])
+    error = capsys.readouterr().err
+    assert found == code
+    assert text in error
+    assert "Traceback" not in error

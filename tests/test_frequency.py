@@ -75,7 +75,7 @@ def test_a_plan_at_every_step(tiny_state: Any, hand_plan: Any) -> None:
     assert fast["iteration_ns"] <= slow["iteration_ns"] <= fast["iteration_ns"] / RATIO + 1e3
     assert slow["energy_dynamic_j"] < fast["energy_dynamic_j"]
     assert slow["power_w"] < fast["power_w"]
-    assert fast["power_w"] == pytest.approx(plain.energy_j * 1e9 / plain.iteration_ns)
+    assert fast["power_w"] == pytest.approx(plain.energy_j * 1e9 / plain.iteration_ns)  # type: ignore[operator]
     assert slow["what_if"]
     assert "assumed" in slow["assumption"]
 

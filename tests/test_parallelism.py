@@ -225,3 +225,11 @@ def test_the_executor_says_what_it_does_not_run(
     assert check(plan) == ()
     with pytest.raises(InputError, match=f"instance shared: dp={dp}, .*plan again without --dp"):
         require_runnable(plan.instances[0])
+
+
+def test_the_executor_refuses_permuted_ranks_under_tp(tiny_workload: Any, tiny_state: Any, hand_plan: Any) -> None:
+    state = tiny_state(tiny_workload(1), tp=2, cluster="2xcpu")
+    (instance,) = hand_plan(state, [["t0"]]).instances
+    require_runnable(instance)
+    with pytest.raises(InputError, match=r"devices \[1, 0\]: with tensor parallelism .* use devices 0\.\.1"):
+        require_runnable(replace(instance, devices=(1, 0)))

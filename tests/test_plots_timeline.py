@@ -61,7 +61,7 @@ def test_pictures_are_valid_and_the_same_twice(timelines: dict[str, Timeline], n
 
 
 def figures(timeline: Timeline) -> Iterable[Figure]:
-    rank, index = fullest_clock(timeline)
+    rank, index = fullest_clock(timeline)  # type: ignore
     whole = next(s for s in timeline.instruction_spans(rank) if s.index == index)
     inner = [s for s in timeline.spans if (s.rank, s.index) == (rank, index) and s.subgraph >= 0]
     yield _pipeline(timeline)
@@ -109,8 +109,7 @@ def test_ranks_that_do_the_same_share_a_lane(timelines: dict[str, Timeline]) -> 
     timeline = timelines["pp=4 tp=2"]
     lanes, bars = (f(timeline).axes[0].get_yticklabels() for f in (_pipeline, _stalls))
     assert [t.get_text() for t in lanes] == [f"ranks {r}, {r + 1}" for r in (0, 2, 4, 6)]
-    # The two inner stages wait at other times, but as long.
-    assert [t.get_text() for t in bars] == ["all ranks", "ranks 0, 1", "ranks 2–5", "ranks 6, 7"]
+    assert [t.get_text() for t in bars] == ["all ranks", *(f"ranks {r}, {r + 1}" for r in (0, 2, 4, 6))]
     assert alike(timeline, lambda rank: 0) == [("ranks 0–7", 0)]
     assert alike(timeline, lambda rank: rank % 2) == [("ranks 0, 2, 4, 6", 0), ("ranks 1, 3, 5, 7", 1)]
 
@@ -119,7 +118,7 @@ def test_every_forward_is_a_box(timelines: dict[str, Timeline]) -> None:
     timeline = timelines["32 tasks"]
     colour = matplotlib.colors.to_rgba(LANE_KINDS[0][2])
     axes = _pipeline(timeline).axes[0]
-    drawn = sum(len(c.get_paths()) for c in axes.collections if tuple(c.get_facecolor()[0]) == colour)
+    drawn = sum(len(c.get_paths()) for c in axes.collections if tuple(c.get_facecolor()[0]) == colour)  # type: ignore
     assert drawn == sum(s.op == "forward" and s.subgraph < 0 for s in timeline.spans)
 
 
@@ -128,8 +127,8 @@ def test_stall_bars_are_whole(timelines: dict[str, Timeline]) -> None:
     axes = _stalls(timelines["32 tasks"]).axes[0]
     widths: dict[float, float] = {}
     for bar in axes.patches:
-        at = round(bar.get_y(), 3)
-        widths[at] = widths.get(at, 0.0) + bar.get_width()
+        at = round(bar.get_y(), 3)  # type: ignore
+        widths[at] = widths.get(at, 0.0) + bar.get_width()  # type: ignore
     assert len(widths) == 3  # all ranks, rank 0, rank 1
     assert all(width == pytest.approx(100) for width in widths.values())
 
@@ -152,7 +151,7 @@ def test_what_a_timeline_does_not_have_is_not_drawn(timelines: dict[str, Timelin
 
 
 def test_the_fullest_clock_has_the_most_htasks(timelines: dict[str, Timeline]) -> None:
-    rank, index = fullest_clock(timelines["32 tasks"])
+    rank, index = fullest_clock(timelines["32 tasks"])  # type: ignore
     spans = [s for s in timelines["32 tasks"].spans if (s.rank, s.index) == (rank, index) and s.subgraph >= 0]
     assert len({s.tasks for s in spans}) == 24
 

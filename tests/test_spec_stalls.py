@@ -168,8 +168,8 @@ def test_laws_of_random_programs(
 def check_energy(plan: Plan, found: Simulation) -> None:
     """Energy is power over time; power lies between idle and peak."""
     figures, device = found.estimate, plan.cluster.device
-    assert figures.energy_j == pytest.approx(figures.energy_idle_j + figures.energy_dynamic_j)
-    assert figures.joules_per_billed_token == pytest.approx(figures.energy_j / figures.billed_tokens)
+    assert figures.energy_j == pytest.approx(figures.energy_idle_j + figures.energy_dynamic_j)  # type: ignore[operator]
+    assert figures.joules_per_billed_token == pytest.approx(figures.energy_j / figures.billed_tokens)  # type: ignore[operator]
     assert all(device.idle_w <= p.watts <= device.peak_w * (1 + 1e-9) for p in found.timeline.power)
     drawn = 0.0
     for rank in found.timeline.ranks:
@@ -178,4 +178,4 @@ def check_energy(plan: Plan, found: Simulation) -> None:
         assert samples == sorted(samples, key=lambda s: s[0])
         ends = [t for t, _ in samples[1:]] + [found.timeline.makespan_ns]
         drawn += sum(watts * (end - start) / NS_PER_S for (start, watts), end in zip(samples, ends, strict=True))
-    assert drawn == pytest.approx(figures.energy_j * found.timeline.steps)
+    assert drawn == pytest.approx(figures.energy_j * found.timeline.steps)  # type: ignore[operator]

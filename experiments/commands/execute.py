@@ -57,6 +57,8 @@ def run(
     found = read_plan(plan)
     require_valid(found, seed)
     layout = _common_layout(found)
+    if found.residency == "swapped":
+        raise InputError(f"{plan}: residency `swapped`: the executor keeps every backbone; use `resident`")
     steps = math.lcm(*(i.steps for i in found.instances))
     bounds = [bind(found, seed=seed, steps=steps, first_step=i * steps) for i in range(iterations)]
     _require_room(bounds[0], device, layout.ranks)

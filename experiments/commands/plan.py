@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from muxtune.experiments.commands.problem import Options, problem_text, read_pro
 from muxtune.experiments.commands.rows import UNCALIBRATED, feasible_row, figures_table
 from muxtune.experiments.console import render
 from muxtune.policies.base import Policy, SystemState, make_policy
-from muxtune.spec.errors import InputError
+from muxtune.spec.errors import InputError, MuxtuneError, PlanError
 from muxtune.spec.files import write_noun
 from muxtune.spec.plan import Plan
 
@@ -34,12 +35,29 @@ def run(workload: Path, cluster: str, policy: str, out: Path, options: Options |
 
 
 def timed_plan(policy: Policy, state: SystemState) -> Plan:
-    """Let a policy plan; add the prediction (which refuses a plan that `check` refuses) and the seconds it took."""
+    """Let a policy plan; add the prediction (which refuses a plan that `check` refuses) and the seconds it took.
+
+    Raises:
+        InputError: the policy itself is broken. PlanError: it planned something else than it was asked for.
+    """
+    name = type(policy).__name__
     started_s = time.perf_counter()
-    made = policy.plan(state)
+    try:
+        made = policy.plan(state)
+    except MuxtuneError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(
+            f"policy {name} failed with {type(error).__name__} at {Path(place.filename).name}:{place.lineno}: {error}"
+        ) from error
     seconds = time.perf_counter() - started_s
     if not isinstance(made, Plan):
-        raise InputError(f"policy {type(policy).__name__}: plan() returned {type(made).__name__}, not a Plan")
+        raise InputError(f"policy {name}: plan() returned {type(made).__name__}, not a Plan")
+    if (made.workload, made.cluster) != (state.workload, state.cluster):
+        raise PlanError(
+            f"policy {name}: its plan has another workload or cluster than it was given: plan state.workload"
+        )
     assert state.evaluate is not None
     return replace(made, predicted=state.evaluate(replace(made, predicted=None)), provenance=provenance(seconds))
 

@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from muxtune.experiments import plots
 from muxtune.experiments.commands.report import RESULT, write_pairs
 from muxtune.experiments.console import Progress, json_text, note, render, table
+from muxtune.experiments.plots import study as plots
 from muxtune.experiments.report import write_report
 from muxtune.experiments.result import Pair, PlanRow, Ranking, StudyResult
 from muxtune.experiments.study import Study, StudyConfig
