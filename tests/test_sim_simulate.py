@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from muxtune.policies.base import make_policy
 from muxtune.policies.build import make_instance
 from muxtune.sim.cost.base import Cost
 from muxtune.sim.cost.roofline import Roofline
@@ -19,6 +25,7 @@ from muxtune.spec.bind import bind, stage_orders
 from muxtune.spec.cluster import DeviceSpec, Link
 from muxtune.spec.draw import draw_samples
 from muxtune.spec.errors import ExtrapolationError, InputError, PlanError
+from muxtune.spec.files import write_noun
 from muxtune.spec.memory import rank_peaks
 from muxtune.spec.metrics import bubble_fraction, exposed_comm_fraction, task_step_ns
 from muxtune.spec.noun import digest
@@ -284,3 +291,17 @@ def test_refusals_of_the_cost_model_reach_the_caller(make_plan: Any) -> None:
 def test_at_least_one_draw(make_plan: Any) -> None:
     with pytest.raises(InputError, match="draws=0: must be at least 1"):
         estimate(make_plan(), Roofline(), seed=0, draws=0)
+
+
+def test_two_processes_simulate_the_same_bytes(tmp_path: Path, tiny_state: Any, tiny_workload: Any) -> None:
+    """Whatever order sets have: timeline and Program digests of one plan are equal under two hash seeds."""
+    path = tmp_path / "plan.json"
+    write_noun(make_policy("muxtune", Roofline()).plan(tiny_state(tiny_workload(3), pp=2)), path)
+    found = []
+    for hash_seed in ("1", "2"):
+        command = [sys.executable, "-m", "muxtune.experiments.main", "simulate", str(path), "--json"]
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        body = json.loads(ran.stdout)
+        found.append((body["timeline_digest"], body["program_digest"], body["iteration_ns"]))
+    assert found[0] == found[1]
