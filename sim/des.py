@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from simpy import Environment as _SimpyEnvironment
 from simpy import Event, Store
+from simpy.core import EmptySchedule
 
 __all__ = ["Environment", "Event", "Store"]
 
@@ -15,7 +16,12 @@ class Environment(_SimpyEnvironment):  # type: ignore[misc]
         super().__init__(initial_time=0)
         self.processed = 0
 
-    def step(self) -> None:
-        """Process the next event."""
-        super().step()
-        self.processed += 1
+    def drain(self) -> None:
+        """Process events until there are none."""
+        step = self.step
+        try:
+            while True:
+                step()
+                self.processed += 1
+        except EmptySchedule:
+            return

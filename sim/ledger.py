@@ -13,22 +13,23 @@ class Ledger:
         self.joules = 0.0
         self.error_ns: dict[str, float] = {}
 
-    def add(self, family: str, price: Cost) -> None:
-        """One operator."""
-        self.p50_ns += price.p50_ns
-        self.host_ns += price.host_ns
-        self.extrapolated_ns += price.p50_ns if price.extrapolated else 0
-        self.joules += price.joules
-        self.error_ns[family] = self.error_ns.get(family, 0.0) + price.relative_error * (price.p50_ns + price.host_ns)
+    def add(self, family: str, price: Cost, times: int = 1) -> None:
+        """One operator, called so many times."""
+        self.p50_ns += times * price.p50_ns
+        self.host_ns += times * price.host_ns
+        self.extrapolated_ns += times * price.p50_ns if price.extrapolated else 0
+        self.joules += times * price.joules
+        error_ns = times * (price.relative_error * (price.p50_ns + price.host_ns))
+        self.error_ns[family] = self.error_ns.get(family, 0.0) + error_ns
 
-    def add_sum(self, costs: CostSum) -> None:
-        """A sum of operators."""
-        self.p50_ns += costs.p50_ns
-        self.host_ns += costs.host_ns
-        self.extrapolated_ns += costs.extrapolated_ns
-        self.joules += costs.joules
+    def add_sum(self, costs: CostSum, times: int = 1) -> None:
+        """A sum of operators, so many times."""
+        self.p50_ns += times * costs.p50_ns
+        self.host_ns += times * costs.host_ns
+        self.extrapolated_ns += times * costs.extrapolated_ns
+        self.joules += times * costs.joules
         for family, error_ns in costs.error_ns:
-            self.error_ns[family] = self.error_ns.get(family, 0.0) + error_ns
+            self.error_ns[family] = self.error_ns.get(family, 0.0) + times * error_ns
 
     def sum(self) -> CostSum:
         """What was added so far."""

@@ -1,4 +1,4 @@
-"""Across clocks: one SimPy process per rank interprets its instructions, one per channel moves messages (DESIGN §4)."""
+"""Across clocks: one SimPy process per rank interprets its instructions, channels move messages (DESIGN §4)."""
 
 from __future__ import annotations
 
@@ -33,29 +33,31 @@ class _PipelineModel:
         self.times: list[list[tuple[int, int]]] = [[] for _ in priced.ranks]
 
     def run(self) -> tuple[RunTimes, int]:
-        for channel in self.channels:
-            self.env.process(channel.move())
         for listing, times in zip(self.priced.ranks, self.times, strict=True):
             self.env.process(self._rank(listing, times))
-        self.env.run()
+        self.env.drain()
         done = [len(times) for times in self.times]
         if done != [len(x.instructions) for x in self.priced.ranks]:
             raise deadlock(self.priced, done)
         return tuple(tuple(times) for times in self.times), self.env.processed
 
     def _rank(self, listing: PricedRank, times: list[tuple[int, int]]) -> Generator[Any, Any, None]:
+        env, channels = self.env, self.channels
         for x in listing.instructions:
-            start_ns = self.env.now
+            start_ns = env.now
             if x.op == "recv":
-                yield self.channels[x.channel].next_arrival()
+                arrival = channels[x.channel].next_arrival()
+                if arrival is not None:
+                    yield arrival
             elif x.op == "step":
                 yield self._meet(x)
-            yield self.env.timeout(x.duration_ns)
+            if x.duration_ns:
+                yield env.timeout(x.duration_ns)
             if x.op == "send":
-                self.channels[x.channel].send()
+                channels[x.channel].send()
             elif x.op == "recv":
-                self.channels[x.channel].post()
-            times.append((start_ns, self.env.now))
+                channels[x.channel].post()
+            times.append((start_ns, env.now))
 
     def _meet(self, x: Priced) -> Event:
         """The event that the last rank of a meeting triggers."""
@@ -66,35 +68,44 @@ class _PipelineModel:
 
 
 class _ChannelModel:
-    """Messages of one channel, in order: each has an event for sent, receive posted, and arrived."""
+    """Messages of one channel, in order: counts of those sent, posted and arrived; at most one is under way."""
 
     def __init__(self, env: Environment, channel: Channel) -> None:
-        self.env, self.channel = env, channel
-        count = len(channel.transfers_ns)
-        self.sent = [Event(env) for _ in range(count)]
-        self.posted = [Event(env) for _ in range(count + 1)]  # the last one is posted for a message that never comes
-        self.arrived = [Event(env) for _ in range(count)]
-        self.n_sent = self.n_awaited = self.n_posted = 0
-        self.post()
+        self.env, self.transfers_ns = env, channel.transfers_ns
+        self.sent = self.arrived = self.awaited = 0
+        self.posted = 1
+        self.moving = False
+        self.arrival: Event | None = None
 
     def send(self) -> None:
         """The rank has handed over its next message."""
-        self.sent[self.n_sent].succeed()
-        self.n_sent += 1
+        self.sent += 1
+        self._start()
 
     def post(self) -> None:
-        """The receiver has completed a receive (or begins): the next one is posted."""
-        self.posted[self.n_posted].succeed()
-        self.n_posted += 1
+        """The receiver has completed a receive: the next one is posted."""
+        self.posted += 1
+        self._start()
 
-    def next_arrival(self) -> Event:
-        """The arrival that the receiver's next receive waits for."""
-        self.n_awaited += 1
-        return self.arrived[self.n_awaited - 1]
+    def next_arrival(self) -> Event | None:
+        """The arrival that the receiver's next receive waits for; None if the message is there."""
+        self.awaited += 1
+        if self.arrived >= self.awaited:
+            return None
+        self.arrival = Event(self.env)
+        return self.arrival
 
-    def move(self) -> Generator[Any, Any, None]:
-        """Carry one message after the other."""
-        for index, transfer_ns in enumerate(self.channel.transfers_ns):
-            yield self.sent[index] & self.posted[index]
-            yield self.env.timeout(transfer_ns)
-            self.arrived[index].succeed()
+    def _start(self) -> None:
+        """Begin to move the next message, if it is sent, its receive is posted and the channel is free."""
+        if self.moving or self.arrived >= min(self.sent, self.posted):
+            return
+        self.moving = True
+        self.env.timeout(self.transfers_ns[self.arrived]).callbacks.append(self._arrive)
+
+    def _arrive(self, _: Event) -> None:
+        self.moving = False
+        self.arrived += 1
+        if self.arrival is not None and self.arrived == self.awaited:
+            self.arrival.succeed()
+            self.arrival = None
+        self._start()

@@ -9,11 +9,11 @@ from muxtune.sim.cost.base import Cost, CostModel, CostSum
 from muxtune.sim.ledger import Ledger
 from muxtune.sim.stage import Site, StageCache, StageRun, batch_shape
 from muxtune.spec.catalogue import adapter_sizes, replicated_parameters
-from muxtune.spec.cluster import DeviceSpec, Link
+from muxtune.spec.cluster import DeviceSpec
 from muxtune.spec.errors import PlanError
 from muxtune.spec.memory import stage_context
 from muxtune.spec.noun import noun
-from muxtune.spec.ops import Op, adamw, host, message
+from muxtune.spec.ops import adamw, host, message
 from muxtune.spec.plan import Instance, Launch
 from muxtune.spec.program import Bound, Instruction, OpName, RankProgram, UnitKey
 
@@ -38,10 +38,11 @@ class Priced:
 
 @noun
 class PricedRank:
-    """The instructions of one device, in order."""
+    """The instructions of one device, in order, and for each the place of its unit in the Program (−1 for a step)."""
 
     rank: int
     instructions: tuple[Priced, ...]
+    units: tuple[int, ...] = ()
 
 
 @noun
@@ -93,126 +94,154 @@ def deadlock(priced: PricedProgram, done: Sequence[int]) -> PlanError:
     return PlanError(f"the order deadlocks: {', '.join(waits)} wait for ever")
 
 
+class _Known:
+    """An instruction that was priced: what all of its kind share, and how many there are."""
+
+    __slots__ = ("parts", "priced", "times", "transfer_ns")
+
+    def __init__(self, priced: Priced, parts: Sequence[tuple[str, Cost]], transfer_ns: int = 0) -> None:
+        self.priced, self.parts, self.transfer_ns = priced, parts, transfer_ns
+        self.times = 0
+
+
 class _Pricing:
-    """Prices one Program; used once and thrown away."""
+    """Prices one Program; used once and thrown away. Instructions that cannot differ are priced once and counted."""
 
     def __init__(self, bound: Bound, cost: CostModel, cache: StageCache) -> None:
         self.plan, self.program, self.cost, self.cache = bound.plan, bound.program, cost, cache
         self.device = bound.plan.cluster.device
-        self.works = {w.key: w for w in bound.program.units}
+        self.units = {w.key: place for place, w in enumerate(bound.program.units)}
         self.launches = {(x.instance, x.bucket, x.stage, x.direction): x.launches for x in bound.program.launches}
-        self.ledger = Ledger()
-        self.host_bound_ns = self.exposed_ns = 0
         self.channels: dict[tuple[int, int, str], int] = {}
         self.transfers_ns: list[list[int]] = []
         self.meetings: dict[tuple[UnitKey, str | None], int] = {}
         self.meeting_ranks: list[int] = []
-        self.sites: dict[tuple[int, int], Site] = {}
-        self.runs: dict[tuple[object, ...], StageRun] = {}
-        self.messages: dict[tuple[int, Link], Cost] = {}
+        self.sites: dict[tuple[int, int], tuple[Site, int]] = {}
+        self.site_numbers: dict[tuple[int, Site], int] = {}
+        self.known: dict[tuple[object, ...], _Known] = {}
+        self.shapes = self._shapes()
 
     def run(self) -> PricedProgram:
         _require_one_order(self.program.ranks)
-        ranks = tuple(
-            PricedRank(rank=x.rank, instructions=tuple(self._instruction(x.rank, i) for i in x.instructions))
-            for x in self.program.ranks
-        )
+        ranks = tuple(self._rank(x) for x in self.program.ranks)
         channels = tuple(
             Channel(source=source, target=target, payload=payload, transfers_ns=tuple(self.transfers_ns[index]))  # type: ignore[arg-type]
             for (source, target, payload), index in self.channels.items()
         )
+        ledger = Ledger()
+        for known in self.known.values():
+            for family, price in known.parts:
+                ledger.add(family, price, known.times)
+            if known.priced.run:
+                ledger.add_sum(known.priced.run.costs, known.times)
+        runs = [(known.priced.run, known.times) for known in self.known.values() if known.priced.run]
         return PricedProgram(
             ranks=ranks,
             channels=channels,
             meetings=tuple(self.meeting_ranks),
-            costs=self.ledger.sum(),
-            host_bound_ns=self.host_bound_ns,
-            exposed_ns=self.exposed_ns,
+            costs=ledger.sum(),
+            host_bound_ns=sum(times * run.host_bound_ns for run, times in runs),
+            exposed_ns=sum(times * run.exposed_ns for run, times in runs),
         )
 
-    def _instruction(self, rank: int, x: Instruction) -> Priced:
-        if x.op in ("send", "recv"):
-            return self._transfer(rank, x)
-        if x.op == "step":
-            return self._step(rank, x)
-        return self._clock(rank, x)
+    def _shapes(self) -> list[int]:
+        """For each unit the number of its shape within its bucket: units of one number are priced alike."""
+        numbers: dict[tuple[object, ...], int] = {}
+        contexts = [stage_context(self.plan, i, 0) for i in range(len(self.plan.instances))]
+        found: list[int] = []
+        for work in self.program.units:
+            context = contexts[work.key.instance]
+            shape = (work.key.instance, work.key.bucket, *(batch_shape(context, b) for b in work.batches))
+            found.append(numbers.setdefault(shape, len(numbers)))
+        return found
 
-    def _clock(self, rank: int, x: Instruction) -> Priced:
+    def _rank(self, listing: RankProgram) -> PricedRank:
+        rank, priced, units = listing.rank, list[Priced](), list[int]()
+        for x in listing.instructions:
+            unit = self.units.get(x.key, -1)
+            if x.op in ("send", "recv"):
+                found = self._transfer(rank, x)
+            elif x.op == "step":
+                found = self._step(rank, x)
+            else:
+                found = self._clock(rank, x, unit)
+            found.times += 1
+            priced.append(found.priced)
+            units.append(unit)
+        return PricedRank(rank=rank, instructions=tuple(priced), units=tuple(units))
+
+    def _clock(self, rank: int, x: Instruction, unit: int) -> _Known:
         """A forward or backward: the instruction's own host work, then the stage's clock."""
-        assert x.op in ("forward", "backward")
-        site, work = self._site(rank, x.key.instance), self.works[x.key]
-        stage = site.context.stage
-        shapes = tuple(batch_shape(site.context, b) for b in work.batches)
-        key = (x.key.instance, x.key.bucket, stage, site.link, x.op, shapes)
-        if key not in self.runs:
-            self.runs[key] = self.cache.run(site, work.batches, x.op, self._launches(x, stage))
-        run = self.runs[key]
-        overhead = self.cost.latency(host("instruction", x.op), self.device)
-        self.ledger.add("instruction", overhead)
-        self.ledger.add_sum(run.costs)
-        self.host_bound_ns += run.host_bound_ns
-        self.exposed_ns += run.exposed_ns
-        duration_ns = overhead.p50_ns + overhead.host_ns + run.duration_ns
-        return Priced(op=x.op, duration_ns=duration_ns, run=run, joules=overhead.joules + run.costs.joules)
+        site, number = self._site(rank, x.key.instance)
+        place = (x.op, number, self.shapes[unit])
+        if place not in self.known:
+            assert x.op in ("forward", "backward")
+            batches = self.program.units[unit].batches
+            run = self.cache.run(site, batches, x.op, self._launches(x, site.context.stage))
+            overhead = self.cost.latency(host("instruction", x.op), self.device)
+            duration_ns = overhead.p50_ns + overhead.host_ns + run.duration_ns
+            priced = Priced(op=x.op, duration_ns=duration_ns, run=run, joules=overhead.joules + run.costs.joules)
+            self.known[place] = _Known(priced, [("instruction", overhead)])
+        return self.known[place]
 
-    def _transfer(self, rank: int, x: Instruction) -> Priced:
+    def _transfer(self, rank: int, x: Instruction) -> _Known:
         """A send or recv: host work on the rank; the send also prices the message on its link."""
+        place = (x.op, rank, x.peer, x.payload, x.size_bytes)
+        if place not in self.known:
+            self.known[place] = self._first_transfer(rank, x)
+        found = self.known[place]
+        if x.op == "send":
+            self.transfers_ns[found.priced.channel].append(found.transfer_ns)
+        return found
+
+    def _first_transfer(self, rank: int, x: Instruction) -> _Known:
         assert x.peer is not None
         assert x.payload is not None
         edge = (rank, x.peer, x.payload) if x.op == "send" else (x.peer, rank, x.payload)
         channel = self.channels.setdefault(edge, len(self.channels))
         if channel == len(self.transfers_ns):
             self.transfers_ns.append([])
-        if x.op == "send":
-            self.transfers_ns[channel].append(self._message_ns(x.size_bytes, self.plan.cluster.link(rank, x.peer)))
-        handed = self._alone(message(x.op, x.size_bytes))
-        return Priced(op=x.op, duration_ns=alone_ns(handed, self.device), channel=channel, joules=handed.joules)
+        handed = self.cost.latency(message(x.op, x.size_bytes), self.device)
+        duration_ns = alone_ns(handed, self.device)
+        priced = Priced(op=x.op, duration_ns=duration_ns, channel=channel, joules=handed.joules)
+        if x.op == "recv":
+            return _Known(priced, [("recv", handed)])
+        moved = self.cost.link_latency(message("p2p", x.size_bytes), self.plan.cluster.link(rank, x.peer))
+        return _Known(priced, [("send", handed), ("p2p", moved)], moved.p50_ns)
 
-    def _step(self, rank: int, x: Instruction) -> Priced:
+    def _step(self, rank: int, x: Instruction) -> _Known:
         """The optimizer step of a task: gradients summed over the ranks that hold the same parameters, then its adapters."""
         assert x.task is not None
         instance = self.plan.instances[x.key.instance]
-        context = self._site(rank, x.key.instance).context
+        context = self._site(rank, x.key.instance)[0].context
         parameters, tensors = adapter_sizes(context, x.task)
-        update = self._alone(adamw(parameters, tensors))
-        duration_ns = alone_ns(update, self.device)
+        own = self.cost.latency(adamw(parameters, tensors), self.device)
         layout, here = instance.layout, instance.devices.index(rank)
         replicated = replicated_parameters(context, x.task)
-        duration_ns += self._sum_ns(instance, replicated * GRADIENT_BYTES, layout.stage_peers(here))
-        duration_ns += self._sum_ns(instance, parameters * GRADIENT_BYTES, layout.replica_peers(here))
+        sums = self._sums(instance, replicated * GRADIENT_BYTES, layout.stage_peers(here))
+        sums += self._sums(instance, parameters * GRADIENT_BYTES, layout.replica_peers(here))
         # The gradient norm is over all stages and shards of one replica; replicas hold the same gradients by now.
         width = layout.tp * layout.pp
         replica = tuple(range(here // width * width, (here // width + 1) * width))
-        duration_ns += self._sum_ns(instance, NORM_BYTES, replica)
+        sums += self._sums(instance, NORM_BYTES, replica)
         meeting = self.meetings.setdefault((x.key, x.task), len(self.meetings))
         if meeting == len(self.meeting_ranks):
             self.meeting_ranks.append(0)
         self.meeting_ranks[meeting] += 1
-        return Priced(op="step", duration_ns=duration_ns, meeting=meeting, joules=update.joules)
+        duration_ns = alone_ns(own, self.device) + sum(each.p50_ns for each in sums)
+        priced = Priced(op="step", duration_ns=duration_ns, meeting=meeting, joules=own.joules)
+        parts = [("adamw", own), *(("all_reduce", each) for each in sums)]
+        return self.known.setdefault(("step", rank, x.key, x.task), _Known(priced, parts))
 
-    def _sum_ns(self, instance: Instance, size_bytes: int, group: Sequence[int]) -> int:
+    def _sums(self, instance: Instance, size_bytes: int, group: Sequence[int]) -> list[Cost]:
         """An all-reduce over some ranks of an instance; nothing for one rank or no bytes."""
         if len(group) == 1 or not size_bytes:
-            return 0
+            return []
         link = self.plan.cluster.slowest_link([instance.devices[i] for i in group])
-        found = self.cost.link_latency(message("all_reduce", size_bytes, (len(group),)), link)
-        self.ledger.add("all_reduce", found)
-        return found.p50_ns
+        return [self.cost.link_latency(message("all_reduce", size_bytes, (len(group),)), link)]
 
-    def _message_ns(self, size_bytes: int, link: Link) -> int:
-        found = self.messages.get((size_bytes, link))
-        if found is None:
-            found = self.messages[size_bytes, link] = self.cost.link_latency(message("p2p", size_bytes), link)
-        self.ledger.add("p2p", found)
-        return found.p50_ns
-
-    def _alone(self, op: Op) -> Cost:
-        """Cost of an operator with nothing beside it."""
-        found = self.cost.latency(op, self.device)
-        self.ledger.add(op.family, found)
-        return found
-
-    def _site(self, rank: int, instance: int) -> Site:
+    def _site(self, rank: int, instance: int) -> tuple[Site, int]:
+        """Where a rank runs an instance, and a number that equal places of the instance share."""
         if (rank, instance) not in self.sites:
             found = self.plan.instances[instance]
             here = found.devices.index(rank)
@@ -220,9 +249,8 @@ class _Pricing:
             context = stage_context(self.plan, instance, found.layout.stage_of(here))
             link = self.plan.cluster.slowest_link(group) if len(group) > 1 else None
             unfused = tuple(h for h, htask in enumerate(found.htasks) if not htask.fuse_adapters)
-            self.sites[rank, instance] = Site(
-                context=context, device=self.device, link=link, comm_ctas=found.comm_ctas, unfused=unfused
-            )
+            site = Site(context=context, device=self.device, link=link, comm_ctas=found.comm_ctas, unfused=unfused)
+            self.sites[rank, instance] = (site, self.site_numbers.setdefault((instance, site), len(self.site_numbers)))
         return self.sites[rank, instance]
 
     def _launches(self, x: Instruction, stage: int) -> tuple[Launch, ...]:

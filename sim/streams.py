@@ -131,7 +131,7 @@ class _StageModel:
         self.env.process(self._host())
         for name, queue in self.queues.items():
             self.env.process(self._stream(queue, sum(b.resource == name for b in self.blocks)))
-        self.env.run()
+        self.env.drain()
         return tuple(self.spans[i] for i in range(len(self.blocks))), self.env.processed
 
     def _host(self) -> Generator[Any, Any, None]:
