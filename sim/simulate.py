@@ -13,7 +13,7 @@ from muxtune.sim.cost.base import CostModel
 from muxtune.sim.ledger import Ledger
 from muxtune.sim.pipeline import run_pipeline
 from muxtune.sim.priced import PricedProgram, price
-from muxtune.sim.record import record
+from muxtune.sim.record import outline, record
 from muxtune.sim.recurrence import recur, recur_blocks
 from muxtune.sim.stage import StageCache
 from muxtune.spec.align import count_tokens
@@ -34,34 +34,53 @@ from muxtune.spec.units import NS_PER_S
 
 @noun
 class Simulation:
-    """One Program, simulated: what ran when, its figures, and the events that the engines processed."""
+    """One Program, simulated: what ran when, its figures, and its events (an event is one span).
+
+    Of the stages' clocks, `stages_simulated` were run on their streams and `stages_reused` equal one that was run before.
+    """
 
     timeline: Timeline
     estimate: Estimate
     events: int
+    stages_simulated: int
+    stages_reused: int
 
 
 @noun
 class _Run:
-    """One priced and timed Program."""
+    """One priced and timed Program; its `timeline` has whole instructions only."""
 
     bound: Bound
     priced: PricedProgram
     timeline: Timeline
+    peak_bytes: tuple[int, ...]
 
 
-def simulate(bound: Bound, cost: CostModel) -> Simulation:
-    """Run one Program on the SimPy engines, with subgraph spans and memory samples.
+def simulate(bound: Bound, cost: CostModel, cache: StageCache | None = None) -> Simulation:
+    """Run one Program on the SimPy engines, with subgraph spans, memory and power samples.
+
+    `cache` holds stages that were run before; it must be of the same cost model.
 
     Raises:
         PlanError: the Program deadlocks. ExtrapolationError: the cost model has no figure for an operator.
     """
-    cache = StageCache(cost)
-    priced = price(bound, cost, cache)
-    times, events = run_pipeline(priced)
-    timeline = record(bound, priced, times, detailed=True)
-    found = _summary([_Run(bound=bound, priced=priced, timeline=timeline)], cost)
-    return Simulation(timeline=timeline, estimate=found, events=events + cache.events)
+    shared = StageCache(cost) if cache is None else cache
+    before = shared.simulated
+    priced = price(bound, cost, shared)
+    times, _ = run_pipeline(priced)
+    timeline = record(bound, priced, times)
+    assert timeline.peak_bytes is not None
+    outlined = outline(bound, priced, times)
+    found = _summary([_Run(bound=bound, priced=priced, timeline=outlined, peak_bytes=timeline.peak_bytes)], cost)
+    clocks = sum(x.run is not None for listing in priced.ranks for x in listing.instructions)
+    simulated = shared.simulated - before
+    return Simulation(
+        timeline=timeline,
+        estimate=found,
+        events=len(timeline.spans),
+        stages_simulated=simulated,
+        stages_reused=clocks - simulated,
+    )
 
 
 def estimate(
@@ -83,13 +102,14 @@ def estimate(
     covered = math.lcm(*(i.steps for i in plan.instances))
     whole = -(-steps // covered) * covered
     varlen = any(h.alignment == "varlen" for i in plan.instances for h in i.htasks)
-    shared = cache or StageCache(cost, recur_blocks)
+    shared = StageCache(cost, recur_blocks) if cache is None else cache
     runs: list[_Run] = []
     for draw in range(draws if varlen else 1):
         bound = bind(plan, seed=seed, steps=whole, first_step=draw * whole)
         priced = price(bound, cost, shared)
-        timeline = record(bound, priced, recur(priced), detailed=False)
-        runs.append(_Run(bound=bound, priced=priced, timeline=timeline))
+        timeline = outline(bound, priced, recur(priced))
+        peaks = tuple(p.peak_bytes for p in rank_peaks(bound))
+        runs.append(_Run(bound=bound, priced=priced, timeline=timeline, peak_bytes=peaks))
     return _summary(runs, cost)
 
 
@@ -125,7 +145,7 @@ def _summary(runs: Sequence[_Run], cost: CostModel) -> Estimate:
         spread=statistics.stdev(iterations_ns) / mean_ns if len(runs) > 1 else 0.0,
         draws=len(runs),
         per_task=_per_task(timelines),
-        peak_bytes=_peak_bytes(runs),
+        peak_bytes=tuple(max(rank) for rank in zip(*(r.peak_bytes for r in runs), strict=True)),
         raw_tokens=raw,
         billed_tokens=billed,
         processed_tokens=processed,
@@ -177,11 +197,6 @@ def _per_task(timelines: Sequence[Timeline]) -> tuple[TaskStep, ...]:
     return tuple(
         TaskStep(task=task, step_ns=round(statistics.fmean(found))) for task, found in sorted(steps_ns.items())
     )
-
-
-def _peak_bytes(runs: Sequence[_Run]) -> tuple[int, ...]:
-    peaks = [[p.peak_bytes for p in rank_peaks(r.bound)] for r in runs]
-    return tuple(max(rank) for rank in zip(*peaks, strict=True))
 
 
 def _energy_j(runs: Sequence[_Run], joules: float) -> tuple[float, float] | None:

@@ -170,7 +170,7 @@ class StageCache:
 
     def __init__(self, cost: CostModel, engine: StageEngine = run_blocks) -> None:
         self.cost, self.engine = cost, engine
-        self.events = 0
+        self.simulated = 0
         self._runs: OrderedDict[tuple[Any, ...], StageRun] = OrderedDict()
 
     def run(self, site: Site, batches: Sequence[Batch], way: Way, launches: tuple[Launch, ...]) -> StageRun:
@@ -179,7 +179,7 @@ class StageCache:
         key = (*_stage_shape(site.context), site.device, site.link, site.comm_ctas, site.unfused, way, launches, shapes)
         if key not in self._runs:
             self._runs[key] = stage_run(self.cost, site, batches, way, launches, self.engine)
-            self.events += self._runs[key].events
+            self.simulated += 1
             if len(self._runs) > CACHE_ENTRIES:
                 self._runs.popitem(last=False)
         return self._runs[key]

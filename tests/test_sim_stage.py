@@ -169,7 +169,6 @@ blocks = st.lists(
 def test_closed_form_equals_the_event_queue(found: list[Block]) -> None:
     spans, events = run_blocks(found)
     assert spans == recur_blocks(found)[0]
-    assert events > 0
 
 
 @given(blocks)
@@ -345,14 +344,13 @@ def test_cache_knows_shapes_not_names() -> None:
     place = site(CPU)
     launches = launch_all(place, [0])
     first = cache.run(place, [batch(0, "a")], "forward", launches)
-    events = cache.events
-    assert events > 0
+    simulated = cache.simulated
     twin = StageContext(
         model=TINY, layout=place.context.layout, stage=0, adapters=(("other", LoRA(rank=2)), ("b", LoRA(rank=4)))
     )
     renamed = Site(context=twin, device=CPU)
     assert cache.run(renamed, [batch(0, "other")], "forward", launches) is first
-    assert cache.events == events
+    assert cache.simulated == simulated
     assert cache.run(renamed, [batch(0, "b")], "forward", launches) is not first
     assert cache.run(place, [batch(0, "a", 3)], "forward", launches) is not first
     assert cache.run(place, [batch(0, "a")], "backward", launch_all(place, [0], "backward")) is not first

@@ -88,6 +88,8 @@ def run(
         "program_digest": bound.program.digest(),
         "events": simulation.events,
         "events_per_cpu_s": simulation.events / cpu_s if cpu_s > 0 else None,
+        "stages_simulated": simulation.stages_simulated,
+        "stages_reused": simulation.stages_reused,
     }
     for path in traces:
         write_text(path, json.dumps(chrome_trace([(f"{found.made_by.policy} (simulated)", simulation.timeline)])))
@@ -130,7 +132,8 @@ def show(body: dict[str, Any]) -> str:
         memory_table(body["memory"], body["memory_bytes"]),
         f"peak by Eq. 5 (every task in flight at once, no adapters, no workspace): {format_bytes(body['paper_peak_bytes'])}",
         *([frequency_table(body["frequencies"])] if "frequencies" in body else []),
-        f"timeline {body['timeline_digest']}, {body['events']:,} events{rate}",
+        f"timeline {body['timeline_digest']}, {body['events']:,} events{rate}; "
+        f"{body['stages_simulated']} stage clocks simulated, {body['stages_reused']} reused",
         *(row["assumption"] for row in assumed),
         *([] if body["cost_model"]["calibrated"] else [UNCALIBRATED]),
     )
