@@ -94,23 +94,38 @@ def stage_run(
     )
 
 
+class _Kind:
+    """What launches of the same operators cost alone and beside a collective."""
+
+    __slots__ = ("alone", "priced", "shared", "slowing")
+
+    def __init__(self, priced: Sequence[tuple[str, Cost]], shared: Sequence[Cost] | None) -> None:
+        self.priced = priced
+        self.alone = [price for _, price in priced]
+        self.shared = self.alone if shared is None else shared
+        self.slowing = _slowing(self.alone, self.shared)
+
+
 class _Pricing:
-    """Prices the launches of one clock; used once. `slowing` has the cost that collectives add to each in full."""
+    """Prices the launches of one clock; used once, while their operators live: the same operators are priced once.
+
+    `slowing` has the cost that collectives add to each launch in full.
+    """
 
     def __init__(self, cost: CostModel, site: Site, way: Way, share: tuple[Op, ...], ledger: Ledger) -> None:
         self.cost, self.site, self.share, self.ledger = cost, site, share, ledger
         self.start = cost.latency(host("launch", way), site.device)
         self.slowing: list[Cost] = []
+        self.kinds: dict[tuple[bool, tuple[int, ...]], _Kind] = {}
 
     def block(self, launch: Launch, ops: Sequence[Op]) -> Block:
         """One launch: the launch itself, then its operators issued one after the other."""
+        kind = self._kind(launch, ops)
+        alone, shared = kind.alone, kind.shared
         self.ledger.add("launch", self.start)
-        priced = list(self._prices(launch, ops, ()))
-        for family, price in priced:
+        for family, price in kind.priced:
             self.ledger.add(family, price)
-        alone = [price for _, price in priced]
-        shared = [price for _, price in self._prices(launch, ops, self.share)] if self.share else alone
-        self.slowing.append(_slowing(alone, shared))
+        self.slowing.append(kind.slowing)
         if self.site.device.is_cpu:
             device_ns = _on_cpu(self.start, alone)
             first_ns, host_ns, tail_ns, shared_tail_ns = 0, 0, device_ns, device_ns
@@ -131,8 +146,16 @@ class _Pricing:
             shared_tail_ns=shared_tail_ns,
         )
 
-    def _prices(self, launch: Launch, ops: Sequence[Op], share: tuple[Op, ...]) -> Iterator[tuple[str, Cost]]:
+    def _kind(self, launch: Launch, ops: Sequence[Op]) -> _Kind:
         fuse = launch.htask not in self.site.unfused
+        place = (fuse, tuple(map(id, ops)))
+        if place not in self.kinds:
+            priced = list(self._prices(ops, (), fuse))
+            shared = [price for _, price in self._prices(ops, self.share, fuse)] if self.share else None
+            self.kinds[place] = _Kind(priced, shared)
+        return self.kinds[place]
+
+    def _prices(self, ops: Sequence[Op], share: tuple[Op, ...], fuse: bool) -> Iterator[tuple[str, Cost]]:
         return prices(self.cost, self.site.device, ops, link=self.site.link, share=share, fuse_adapters=fuse)
 
 

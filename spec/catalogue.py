@@ -234,25 +234,39 @@ def stage_ops(context: StageContext, batch: Batch) -> tuple[tuple[Piece, tuple[O
     """(piece, forward operators, backward operators) of a stage for a batch.
 
     Backward of a frozen operator is its input gradient. Nothing flows back above the first trainable operator of stage 0,
-    so operators before it have no backward and the adapter itself needs weight gradients only.
+    so operators before it have no backward and the adapter itself needs weight gradients only. Layers that cannot differ
+    share the very same operators.
     """
     live = not context.layout.is_first(context.stage)
+    first_layer = context.layout.layers_of(context.stage)[0]
+    known: dict[tuple[str, bool, bool], tuple[tuple[Op, ...], tuple[Op, ...], bool]] = {}
     rows: list[tuple[Piece, tuple[Op, ...], tuple[Op, ...]]] = []
     for piece in stage_pieces(context.layout, context.stage):
-        forward: list[Op] = []
-        backward: list[Op] = []
-        first_adapted = False
-        for op, trainable in piece_ops(context, piece, batch):
-            forward.append(op)
-            if trainable and (not live or first_adapted):
-                backward.append(_turn(op, "weights"))
-                first_adapted = True  # the other tasks' adapters on the same BaseOp get no input gradient either
-                live = True
-            elif live:
-                first_adapted = False
-                backward.append(_turn(op, "backward"))
-        rows.append((piece, tuple(forward), tuple(reversed(backward))))
+        kind = (piece.name, piece.layer == first_layer, live)
+        if kind not in known:
+            known[kind] = _both_ways(context, piece, batch, live)
+        forward, backward, live = known[kind]
+        rows.append((piece, forward, backward))
     return tuple(rows)
+
+
+def _both_ways(
+    context: StageContext, piece: Piece, batch: Batch, live: bool
+) -> tuple[tuple[Op, ...], tuple[Op, ...], bool]:
+    """(forward operators, backward operators, whether a gradient flows back behind the piece); `live`: before it."""
+    forward: list[Op] = []
+    backward: list[Op] = []
+    first_adapted = False
+    for op, trainable in piece_ops(context, piece, batch):
+        forward.append(op)
+        if trainable and (not live or first_adapted):
+            backward.append(_turn(op, "weights"))
+            first_adapted = True  # the other tasks' adapters on the same BaseOp get no input gradient either
+            live = True
+        elif live:
+            first_adapted = False
+            backward.append(_turn(op, "backward"))
+    return tuple(forward), tuple(reversed(backward)), live
 
 
 def _turn(op: Op, direction: Direction) -> Op:
