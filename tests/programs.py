@@ -15,7 +15,7 @@ from muxtune.spec.align import ALIGNMENTS
 from muxtune.spec.bind import bind, serial_launches
 from muxtune.spec.cluster import DeviceSpec, Link
 from muxtune.spec.ops import Op
-from muxtune.spec.order import bucket_major
+from muxtune.spec.order import backward_keys, bucket_major, chunks_of, forward_keys
 from muxtune.spec.plan import Action, Bucket, Instance, Launch, LaunchList, Plan, StageOrder
 from muxtune.spec.program import Bound
 
@@ -27,8 +27,8 @@ SHARES = (
     (1, 2, 2, True),
 )
 
-#: One unit of one optimizer step: (step, bucket, unit).
-Work = tuple[int, int, int]
+#: One chunk of a unit of one optimizer step: (step, bucket, unit, chunk).
+Work = tuple[int, int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,8 @@ def programs(draw: st.DrawFn, make_workload: Any, make_state: Any, device: str =
 @st.composite
 def _instances(draw: st.DrawFn, state: SystemState, name: str, tasks: tuple[str, ...], steps: int) -> Instance:
     groups = _partition(draw, list(draw(st.permutations(tasks))))
-    buckets = _partition(draw, list(range(len(groups))))
+    every = list(range(len(groups)))
+    buckets = [every] if draw(st.booleans()) else _partition(draw, every)
     instance = make_instance(state, name, groups, buckets, draw(st.sampled_from(ALIGNMENTS)))
     shuffled = tuple(_relaunched(draw, instance, bucket) for bucket in instance.buckets)
     # The calculator knows neither grouped adapters nor slowed compute: tests/test_cost_sharing.py has those.
@@ -116,8 +117,9 @@ def _relaunched(draw: st.DrawFn, instance: Instance, bucket: Bucket) -> Bucket:
 def _orders(draw: st.DrawFn, instance: Instance, steps: int) -> tuple[StageOrder, ...]:
     """An order in which some schedule runs: at each turn one of the stages that can do something does it."""
     random, turns = draw(st.randoms(use_true_random=False)), _Turns(instance, steps)
-    feed = [(s, *key) for s in range(steps) for key in draw(st.permutations(bucket_major(instance.buckets)))]
-    drain: list[Work] = [work for s in range(steps) for work in draw(st.permutations([w for w in feed if w[0] == s]))]
+    units, chunks = bucket_major(instance.buckets), chunks_of(instance)
+    feed = [(s, *key) for s in range(steps) for key in forward_keys(draw(st.permutations(units)), chunks)]
+    drain = [(s, *key) for s in range(steps) for key in backward_keys(draw(st.permutations(units)), chunks)]
     while any(len(done) < len(drain) for done in turns.backwards):
         moves = [
             (op, s)
@@ -159,11 +161,10 @@ class _Turns:
     def move(self, op: str, stage: int, order: list[Work]) -> None:
         """Do it, and the steps that it completes."""
         done = (self.forwards if op == "forward" else self.backwards)[stage]
-        step, bucket, unit = work = order[len(done)]
+        step, bucket, unit, chunk = work = order[len(done)]
         done.append(work)
-        self.actions[stage].append(Action(op=op, bucket=bucket, unit=unit, step=step))  # type: ignore[arg-type]
+        self.actions[stage].append(Action(op=op, bucket=bucket, unit=unit, step=step, chunk=chunk))  # type: ignore[arg-type]
         if op == "backward":
             for task in self.holders[bucket, unit]:
-                units = {(step, *key) for key, held in self.holders.items() if task in held}
-                if units <= set(done):
+                if all(w in done for w in order if w[0] == step and task in self.holders[w[1], w[2]]):
                     self.actions[stage].append(Action(op="step", task=task, step=step))
