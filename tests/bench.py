@@ -16,14 +16,13 @@ from muxtune.kernels import grouped_lora
 from muxtune.policies.base import SystemState, make_policy
 from muxtune.profiler.provenance import birth
 from muxtune.sim.cost.roofline import Roofline
-from muxtune.sim.simulate import estimate, simulate
-from muxtune.spec.bind import bind
 from muxtune.spec.cluster import parse_cluster
 from muxtune.spec.layout import even_layout
 from muxtune.spec.lengths import embedded_length
 from muxtune.spec.model import model_preset
 from muxtune.spec.peft.lora import LoRA
 from muxtune.spec.task import Task, Workload
+from tests.bench_sim import simulating
 
 ROUNDS = 7
 DATASETS = ("sst2", "openbookqa", "rte")
@@ -88,24 +87,6 @@ def planning() -> Iterator[str]:
         yield f"plan 32 tasks, 4 stages, {name}: {seconds:.2f} s CPU, {seconds / base:.1f} x hf-peft ({count} hTasks)"
 
 
-def simulating() -> str:
-    """SimPy engine and closed-form recurrence on one Program."""
-    made = workload(16)
-    state = SystemState(
-        workload=made, cluster=parse_cluster("4xH200"), layout=even_layout(made.model, pp=4), microbatches=8
-    )
-    cost = Roofline()
-    plan = make_policy("muxtune", cost).plan(state)
-    bound = bind(plan, seed=0)
-    events = simulate(bound, cost).events
-    engine = middle_s(lambda: simulate(bound, cost), time.process_time)
-    closed = middle_s(lambda: estimate(plan, cost, seed=0, draws=1), time.process_time)
-    return (
-        f"simulate 16 tasks, 4 stages: {events} events, {events / engine:,.0f} events per CPU-second with timeline and memory; "
-        f"estimate (recurrence) {engine / closed:.1f} x faster"
-    )
-
-
 def adapters() -> str:
     """Grouped LoRA of eight tasks against eight separate calls and against one adapter of the same tokens."""
     torch.set_num_threads(1)
@@ -134,7 +115,8 @@ def main() -> None:
     say(help_time())
     for line in planning():
         say(line)
-    say(simulating())
+    for line in simulating(workload(8)):
+        say(line)
     say(adapters())
 
 

@@ -209,7 +209,14 @@ def test_plan_check_simulate_compare(folder, capsys):
     assert checked["ok"]
     assert checked["plan_digest"] == planned["plan_digest"]
     simulated = run_json(capsys, "simulate", "plan.json", "--trace", "trace.json", "--out", "sim")
-    assert ROW_KEYS | {"per_task", "timeline_digest", "events", "events_per_cpu_s"} <= set(simulated)
+    assert ROW_KEYS | {
+        "per_task",
+        "timeline_digest",
+        "events",
+        "events_per_cpu_s",
+        "stages_simulated",
+        "stages_reused",
+    } <= set(simulated)
     assert simulated["iteration_ns"] == planned["iteration_ns"] == plan.predicted.iteration_ns
     assert set(simulated["per_task"]) == {"a", "b", "c"}
     assert json.loads(Path("trace.json").read_text())["traceEvents"]
