@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise, repeat
+from collections.abc import Iterable, Sequence
+from itertools import chain, pairwise, repeat
+from typing import Any
 
 from muxtune.sim.priced import PricedProgram, PricedRank, RunTimes
 from muxtune.sim.stage import StageRun, Way
 from muxtune.spec.catalogue import stage_subgraphs
 from muxtune.spec.memory import MemoryWalk
-from muxtune.spec.noun import nouns
-from muxtune.spec.plan import Plan
-from muxtune.spec.program import Bound, Instruction, RankProgram, UnitKey
+from muxtune.spec.noun import noun, nouns
+from muxtune.spec.program import Bound, Instruction, RankProgram
 from muxtune.spec.timeline import MemorySample, PowerSample, Span, Timeline, span_op
 from muxtune.spec.units import NS_PER_S
 
-#: What the spans of a clock have in common with those of an equal one: streams, operators, subgraphs and waits for the host,
-#: the instruction itself first.
-Names = tuple[list[str], list[str], list[int], list[int]]
+
+@noun
+class _Shape:
+    """Columns that an instruction's spans share with those of an equal one: the instruction first, then its subgraphs."""
+
+    stream: tuple[str, ...]
+    op: tuple[str, ...]
+    subgraph: tuple[int, ...]
+    host_wait_ns: tuple[int, ...]
+    htasks: tuple[int, ...] = ()
+    starts_ns: tuple[int, ...] = ()
+    ends_ns: tuple[int, ...] = ()
 
 
 def outline(bound: Bound, priced: PricedProgram, times: RunTimes) -> Timeline:
@@ -45,94 +54,80 @@ def record(bound: Bound, priced: PricedProgram, times: RunTimes) -> Timeline:
 
 def _spans(bound: Bound, priced: PricedProgram, times: RunTimes, *, detailed: bool) -> tuple[Span, ...]:
     recorder = _Recorder(bound, detailed)
-    for listing, costs, moments in zip(bound.program.ranks, priced.ranks, times, strict=True):
-        recorder.add(listing, costs, moments)
-    return recorder.spans()
+    rows = zip(bound.program.ranks, priced.ranks, times, strict=True)
+    return tuple(span for row in rows for span in recorder.rank_spans(*row))
 
 
 class _Recorder:
-    """Spans as columns, one a field: a clock adds all of its spans at once."""
+    """Makes the spans of a rank in columns; what equal instructions share is put together once."""
 
     def __init__(self, bound: Bound, detailed: bool) -> None:
-        self.detailed = detailed
-        self.plan: Plan = bound.plan
-        self.works = bound.program.units
-        self.rank: list[int] = []
-        self.stream: list[str] = []
-        self.op: list[str] = []
-        self.index: list[int] = []
-        self.key: list[UnitKey] = []
-        self.tasks: list[tuple[str, ...]] = []
-        self.start_ns: list[int] = []
-        self.end_ns: list[int] = []
-        self.subgraph: list[int] = []
-        self.tag: list[int | None] = []
-        self.host_wait_ns: list[int] = []
-        self.unit_tasks = [{b.htask: tuple(t for t, _, _ in b.segments()) for b in w.batches} for w in self.works]
-        self.all_tasks = [tuple(t for tasks in found.values() for t in tasks) for found in self.unit_tasks]
-        self.stages: dict[tuple[int, int], int] = {}
-        self.names: dict[tuple[int, int, int], Names] = {}
+        self.plan, self.detailed = bound.plan, detailed
+        found = [{b.htask: tuple(t for t, _, _ in b.segments()) for b in w.batches} for w in bound.program.units]
+        self.htask_tasks = found
+        self.unit_tasks = [tuple(t for tasks in each.values() for t in tasks) for each in found]
+        self.shapes: dict[tuple[object, ...], _Shape] = {}
 
-    def spans(self) -> tuple[Span, ...]:
-        """Every span, each instruction's before those of its subgraphs."""
-        columns = {name: getattr(self, name) for name in Span.__dataclass_fields__}  # type: ignore[attr-defined]
-        return tuple(nouns(Span, len(self.rank), **columns))
-
-    def add(self, listing: RankProgram, costs: PricedRank, moments: Sequence[tuple[int, int]]) -> None:
-        """The spans of one rank."""
+    def rank_spans(self, listing: RankProgram, costs: PricedRank, moments: Sequence[tuple[int, int]]) -> list[Span]:
+        """Every span of a rank, each instruction's before those of its subgraphs."""
+        shapes: list[_Shape] = []
+        tasks: list[tuple[str, ...]] = []
+        starts_ns: list[int] = []
+        ends_ns: list[int] = []
         rows = zip(listing.instructions, costs.instructions, costs.units, moments, strict=True)
-        for index, (x, cost, unit, (start_ns, end_ns)) in enumerate(rows):
-            count = 1
-            if self.detailed and cost.run is not None:
-                count += len(cost.run.spans)
-                self._clock(listing.rank, x, cost.run, unit, start_ns, end_ns)
-            else:
-                self.stream.append("p2p" if x.op in ("send", "recv") else "compute")
-                self.op.append(span_op(x))
-                self.tasks.append((x.task,) if x.task is not None else self.all_tasks[unit])
-                self.subgraph.append(-1)
-                self.host_wait_ns.append(0)
-                self.start_ns.append(start_ns)
-                self.end_ns.append(end_ns)
-            self.rank += repeat(listing.rank, count)
-            self.index += repeat(index, count)
-            self.key += repeat(x.key, count)
-            self.tag += repeat(x.tag, count)
+        for x, cost, unit, (start_ns, end_ns) in rows:
+            run = cost.run if self.detailed else None
+            shape = self._shape(listing.rank, x, run)
+            shapes.append(shape)
+            tasks.append((x.task,) if x.task is not None else self.unit_tasks[unit])
+            starts_ns.append(start_ns)
+            ends_ns.append(end_ns)
+            if run is not None:
+                # The instruction's own host work comes before its clock.
+                base_ns, of = end_ns - run.duration_ns, self.htask_tasks[unit]
+                tasks += [of[h] for h in shape.htasks]
+                starts_ns += [base_ns + ns for ns in shape.starts_ns]
+                ends_ns += [base_ns + ns for ns in shape.ends_ns]
+        counts = [len(shape.subgraph) for shape in shapes]
+        shared = {name: _joined(getattr(shape, name) for shape in shapes) for name in SHARED}
+        own = {
+            "index": _joined(map(repeat, range(len(counts)), counts)),
+            "key": _joined(map(repeat, (x.key for x in listing.instructions), counts)),
+            "tag": _joined(map(repeat, (x.tag for x in listing.instructions), counts)),
+        }
+        times = {"tasks": tasks, "start_ns": starts_ns, "end_ns": ends_ns}
+        return nouns(Span, len(tasks), rank=listing.rank, **shared, **own, **times)
 
-    def _clock(self, rank: int, x: Instruction, run: StageRun, unit: int, start_ns: int, end_ns: int) -> None:
-        """A forward or backward and its subgraphs; the instruction's own host work comes before them."""
-        base_ns, tasks = end_ns - run.duration_ns, self.unit_tasks[unit]
-        streams, ops, subgraphs, waits = self._names(rank, x, run)
-        self.stream += streams
-        self.op += ops
-        self.subgraph += subgraphs
-        self.host_wait_ns += waits
-        self.tasks.append(self.all_tasks[unit])
-        self.tasks += [tasks[s.htask] for s in run.spans]
-        self.start_ns.append(start_ns)
-        self.start_ns += [base_ns + s.start_ns for s in run.spans]
-        self.end_ns.append(end_ns)
-        self.end_ns += [base_ns + s.end_ns for s in run.spans]
+    def _shape(self, rank: int, x: Instruction, run: StageRun | None) -> _Shape:
+        """Columns of an instruction; a stage run (which the caller keeps alive) has its own."""
+        place = (x.op, x.payload) if run is None else (rank, x.key.instance, id(run))
+        if place not in self.shapes:
+            self.shapes[place] = self._first_shape(rank, x, run)
+        return self.shapes[place]
 
-    def _names(self, rank: int, x: Instruction, run: StageRun) -> Names:
-        """Names of the spans of a stage run (which the caller keeps alive), the instruction's own first."""
-        place = (rank, x.key.instance)
-        if place not in self.stages:
-            instance = self.plan.instances[x.key.instance]
-            self.stages[place] = instance.layout.stage_of(instance.devices.index(rank))
-        key = (x.key.instance, self.stages[place], id(run))
-        if key not in self.names:
-            way: Way = "forward" if x.op == "forward" else "backward"
-            subgraphs = stage_subgraphs(self.plan.instances[x.key.instance].layout, self.stages[place], way)
-            streams = ["compute", *(s.stream for s in run.spans)]
-            ops = [span_op(x), *(subgraphs[s.subgraph].name for s in run.spans)]
-            self.names[key] = (
-                streams,
-                ops,
-                [-1, *(s.subgraph for s in run.spans)],
-                [0, *(s.inner_ns for s in run.spans)],
-            )
-        return self.names[key]
+    def _first_shape(self, rank: int, x: Instruction, run: StageRun | None) -> _Shape:
+        stream, inner = "p2p" if x.op in ("send", "recv") else "compute", run.spans if run else ()
+        instance = self.plan.instances[x.key.instance]
+        way: Way = "forward" if x.op == "forward" else "backward"
+        stage = instance.layout.stage_of(instance.devices.index(rank))
+        names = [s.name for s in stage_subgraphs(instance.layout, stage, way)] if inner else []
+        return _Shape(
+            stream=(stream, *(s.stream for s in inner)),
+            op=(span_op(x), *(names[s.subgraph] for s in inner)),
+            subgraph=(-1, *(s.subgraph for s in inner)),
+            host_wait_ns=(0, *(s.inner_ns for s in inner)),
+            htasks=tuple(s.htask for s in inner),
+            starts_ns=tuple(s.start_ns for s in inner),
+            ends_ns=tuple(s.end_ns for s in inner),
+        )
+
+
+#: Fields of a span that are columns of `_Shape` as they are.
+SHARED = ("stream", "op", "subgraph", "host_wait_ns")
+
+
+def _joined(parts: Iterable[Iterable[Any]]) -> list[Any]:
+    return list(chain.from_iterable(parts))
 
 
 def memory_samples(bound: Bound, place: int, times: RunTimes) -> list[MemorySample]:

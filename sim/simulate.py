@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -56,6 +59,19 @@ class _Run:
     peak_bytes: tuple[int, ...]
 
 
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Without Python's cycle collector: it would walk every span again and again, and there is no cycle to find."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
+@collector_paused()
 def simulate(bound: Bound, cost: CostModel, cache: StageCache | None = None) -> Simulation:
     """Run one Program on the SimPy engines, with subgraph spans, memory and power samples.
 
@@ -70,7 +86,7 @@ def simulate(bound: Bound, cost: CostModel, cache: StageCache | None = None) -> 
     times, _ = run_pipeline(priced)
     timeline = record(bound, priced, times)
     assert timeline.peak_bytes is not None
-    outlined = outline(bound, priced, times)
+    outlined = replace(timeline, spans=tuple(s for s in timeline.spans if s.subgraph < 0))
     found = _summary([_Run(bound=bound, priced=priced, timeline=outlined, peak_bytes=timeline.peak_bytes)], cost)
     clocks = sum(x.run is not None for listing in priced.ranks for x in listing.instructions)
     simulated = shared.simulated - before

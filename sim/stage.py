@@ -200,12 +200,13 @@ class StageCache:
         """The run of these batches; simulated once."""
         shapes = tuple(batch_shape(site.context, b) for b in batches)
         key = (*_stage_shape(site.context), site.device, site.link, site.comm_ctas, site.unfused, way, launches, shapes)
-        if key not in self._runs:
-            self._runs[key] = stage_run(self.cost, site, batches, way, launches, self.engine)
+        found = self._runs.get(key)
+        if found is None:
+            found = self._runs[key] = stage_run(self.cost, site, batches, way, launches, self.engine)
             self.simulated += 1
             if len(self._runs) > CACHE_ENTRIES:
                 self._runs.popitem(last=False)
-        return self._runs[key]
+        return found
 
 
 def batch_shape(context: StageContext, batch: Batch) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -103,6 +104,7 @@ def _cut(layout: Layout, stage: int, way: Way, piece: Piece) -> Collective | Non
     return None if ends else "all_gather"
 
 
+@lru_cache(maxsize=1024)
 def stage_subgraphs(layout: Layout, stage: int, direction: Way) -> tuple[Subgraph, ...]:
     """The subgraphs of a stage in serial order: compute up to a cut, then (tp > 1) the collective of that cut."""
     found: list[Subgraph] = []
@@ -119,15 +121,6 @@ def stage_subgraphs(layout: Layout, stage: int, direction: Way) -> tuple[Subgrap
     if open_pieces:
         found.append(Subgraph(index=len(found), pieces=tuple(open_pieces)))
     return tuple(found)
-
-
-def _backward_pieces(layout: Layout, stage: int) -> Iterator[Piece]:
-    """Pieces with a backward, last first; under recomputation a layer's forward comes again before its backward."""
-    for piece in reversed(stage_pieces(layout, stage)):
-        if piece.name == "mlp" and layout.recompute == "full":
-            yield from (Piece(name=name, layer=piece.layer, again=True) for name in LAYER)
-        if piece.name != "embed":
-            yield piece
 
 
 @noun

@@ -114,6 +114,8 @@ class MemoryWalk:
         self.moving_bytes = 0
         self.contexts: dict[int, StageContext] = {}
         self.amounts: dict[Hashable, UnitAmounts] = {}
+        self.units: dict[UnitKey, UnitAmounts] = {}
+        self.messages: dict[int, Amount] = {}
 
     def context(self, instance: int) -> StageContext:
         """The stage context of this rank in an instance."""
@@ -133,7 +135,9 @@ class MemoryWalk:
     def begin(self, x: Instruction) -> None:
         """Take what an instruction needs while it runs."""
         if x.op in ("send", "recv"):
-            self._put("messages", (x.key, x.payload, x.op), amount([(x.size_bytes, 1)], self.device))
+            if x.size_bytes not in self.messages:
+                self.messages[x.size_bytes] = amount([(x.size_bytes, 1)], self.device)
+            self._put("messages", (x.key, x.payload, x.op), self.messages[x.size_bytes])
         elif x.op != "step":
             held, again, working = self._unit(x.key)
             if x.op == "forward":
@@ -150,7 +154,8 @@ class MemoryWalk:
         """Give back what only the instruction needed, and after a backward what its unit kept."""
         if x.op == "send":
             self._drop("messages", (x.key, x.payload, x.op))
-        self._drop("workspace", x.key)
+        if x.op in ("forward", "backward"):
+            self._drop("workspace", x.key)
         if x.op == "backward":
             self._drop("activations", (x.key, "again"))
             self._drop("messages", (x.key, "gradient", "recv"))
@@ -167,7 +172,7 @@ class MemoryWalk:
     def _release(self, key: UnitKey) -> None:
         """The last backward of a unit, that of its first chunk, frees what all its chunks hold."""
         for chunk in range(self._chunks(key) if key.chunk == 0 else 0):
-            done = replace(key, chunk=chunk)
+            done = replace(key, chunk=chunk) if chunk else key
             self._drop("activations", done)
             self._drop("kv", done)
 
@@ -203,6 +208,8 @@ class MemoryWalk:
 
     def _unit(self, key: UnitKey) -> UnitAmounts:
         """What a unit needs here; units of one shape are computed once."""
+        if key in self.units:
+            return self.units[key]
         batches = self.works[key].batches
         shape = (key.instance, tuple(b.segments() for b in batches))
         if shape not in self.amounts:
@@ -216,7 +223,8 @@ class MemoryWalk:
                 amount(again, self.device),
                 amount(working, self.device),
             )
-        return self.amounts[shape]
+        self.units[key] = self.amounts[shape]
+        return self.units[key]
 
 
 def rank_peaks(bound: Bound) -> tuple[RankPeak, ...]:

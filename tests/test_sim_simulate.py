@@ -9,6 +9,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,20 @@ from muxtune.policies.build import make_instance
 from muxtune.sim.cost.base import Cost
 from muxtune.sim.cost.roofline import Roofline
 from muxtune.sim.simulate import estimate, make_evaluate, simulate
+from muxtune.sim.stage import StageCache
 from muxtune.spec.bind import bind, stage_orders
+from muxtune.spec.catalogue import Way, subgraph_ops
 from muxtune.spec.cluster import DeviceSpec, Link
 from muxtune.spec.draw import draw_samples
 from muxtune.spec.errors import ExtrapolationError, InputError, PlanError
 from muxtune.spec.files import write_noun
-from muxtune.spec.memory import rank_peaks
+from muxtune.spec.memory import rank_peaks, stage_context
 from muxtune.spec.metrics import bubble_fraction, exposed_comm_fraction, task_step_ns
 from muxtune.spec.noun import digest
 from muxtune.spec.ops import Op
 from muxtune.spec.plan import Plan, StageOrder
+
+WAYS: tuple[Way, Way] = ("forward", "backward")
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +65,17 @@ def test_equal_input_gives_equal_bytes(make_plan: Any, alignment: str) -> None:
     assert digest(first.timeline) == digest(second.timeline)
     assert digest(first.estimate) == digest(second.estimate)
     assert first.events == second.events > 0
+
+
+def test_a_stage_is_simulated_once_for_each_shape_and_an_event_is_a_span(make_plan: Any) -> None:
+    """Two stages; bucket 0 has two equal units, bucket 1 one of two rows and one of one: 3 shapes of 4 units, both ways."""
+    bound, cost = bind(make_plan((("t0",), ("t1",)), ((0,), (1,))), seed=0), Roofline()
+    cache = StageCache(cost)
+    first, again = (simulate(bound, cost, cache) for _ in range(2))
+    assert (first.stages_simulated, first.stages_reused) == (12, 4)
+    assert (again.stages_simulated, again.stages_reused) == (0, 16)
+    assert digest(first.timeline) == digest(again.timeline)
+    assert first.events == len(first.timeline.spans) > 16
 
 
 def test_another_seed_is_another_timeline_of_the_same_shapes(make_plan: Any) -> None:
@@ -193,29 +209,28 @@ class Flat:
         return Cost(p50_ns=0)
 
 
-def priced_operators(plan: Plan) -> dict[str, int]:
-    """How many operators of each family are priced, once for each shape of a clock."""
-    seen: dict[str, int] = {}
-
-    class Counting(Flat):
-        def latency(self, op: Op, device: DeviceSpec, share: tuple[Op, ...] = ()) -> Cost:
-            seen[op.family] = seen.get(op.family, 0) + (op.dtype not in ("host", "bytes"))
-            return super().latency(op, device)
-
-    simulate(bind(plan, seed=0), Counting())
-    return seen
+def operators(plan: Plan) -> dict[str, int]:
+    """How many operators of each family a Program on one rank runs, by the operator catalogue."""
+    bound = bind(plan, seed=0)
+    context = stage_context(plan, 0, 0)
+    seen = Counter(x.op for x in bound.program.ranks[0].instructions)
+    ops = (
+        op.family
+        for work in bound.program.units
+        for batch in work.batches
+        for way in WAYS
+        for group in subgraph_ops(context, batch, way)
+        for op in group
+    )
+    return {**Counter(ops), "adamw": seen["step"]}
 
 
 def test_energy_is_operators_above_idle_and_idle_watts_all_the_time(make_plan: Any) -> None:
-    # One rank and units of one shape: a forward and a backward are priced once and run once a unit, the step once.
     plan = make_plan((("t0",),), ((0,),), pp=1)
     found = simulate(bind(plan, seed=0), Flat())
     idle_w = plan.cluster.device.idle_w
     busy_ns = found.timeline.makespan_ns
-    units = len(plan.instances[0].buckets[0].units)
-    operators = sum(priced_operators(plan).values())
-    adamw = priced_operators(plan)["adamw"]
-    total = units * (operators - adamw) + adamw
+    total = sum(operators(plan).values())
     assert busy_ns == 10 * total
     assert found.estimate.energy_j == pytest.approx(total * 1.0 + idle_w * busy_ns / 1e9)
     assert simulate(bind(plan, seed=0), Flat(joules=0.0)).estimate.energy_j is None
@@ -223,13 +238,12 @@ def test_energy_is_operators_above_idle_and_idle_watts_all_the_time(make_plan: A
 
 def test_extrapolated_share_and_error_of_predicted_time(make_plan: Any) -> None:
     plan = make_plan((("t0",),), ((0,),), pp=1)
-    seen = priced_operators(plan)
+    seen = operators(plan)
     found = simulate(bind(plan, seed=0), Flat(extrapolated="linear")).estimate
-    units = len(plan.instances[0].buckets[0].units)
-    total = units * (sum(seen.values()) - seen["adamw"]) + seen["adamw"]
-    assert found.extrapolated_fraction == pytest.approx(units * seen["linear"] / total)
+    total = sum(seen.values())
+    assert found.extrapolated_fraction == pytest.approx(seen["linear"] / total)
     # Within a family errors add (0.5 of its time), families combine as the root of squares.
-    shares = [(units if family != "adamw" else 1) * n / total for family, n in seen.items()]
+    shares = [n / total for n in seen.values()]
     assert found.relative_error == pytest.approx(0.5 * sum(s * s for s in shares) ** 0.5)
 
 

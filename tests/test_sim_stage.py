@@ -169,6 +169,7 @@ blocks = st.lists(
 def test_closed_form_equals_the_event_queue(found: list[Block]) -> None:
     spans, events = run_blocks(found)
     assert spans == recur_blocks(found)[0]
+    assert events > 0
 
 
 @given(blocks)

@@ -12,11 +12,12 @@ import pytest
 
 from muxtune.spec import noun as noun_module
 from muxtune.spec.layout import Layout
-from muxtune.spec.noun import canonical_bytes, digest, noun, plain
+from muxtune.spec.noun import canonical_bytes, digest, noun, nouns, plain
 from muxtune.spec.peft import TARGETS, peft_kinds
 from muxtune.spec.peft.base import PeftSpec
 from muxtune.spec.peft.lora import LoRA
 from muxtune.spec.plan import HTask, Provenance
+from muxtune.spec.timeline import MemorySample
 from muxtune.spec.units import format_bytes, format_ns, seconds_to_ns
 
 SPEC = Path(noun_module.__file__).parent
@@ -70,6 +71,35 @@ def test_canonical_bytes_by_hand() -> None:
     assert canonical_bytes(made).decode() == (
         '{"inner":[{"alignment":"pad","chunk_tokens":0,"fuse_adapters":true,"tasks":["ä"]}],"width":1.5}'
     )
+
+
+def test_lists_are_written_as_their_entries_one_by_one() -> None:
+    """Long lists of one kind are written column by column: the same text as one entry after the other."""
+    shared = LoRA(rank=2)
+    for entries in (
+        [MemorySample(rank=i % 2, time_ns=i, in_use_bytes=3) for i in range(20)],
+        [Provenance(plan_seconds=1.0, environment="x")] * 9,
+        [*[shared] * 9, LoRA(rank=3, alpha=2.5, targets=("qkv",))],
+        [(i, None if i % 2 else "ü") for i in range(12)],
+        [1, 2.0, "3", None, True, (), {}, shared, 9, 10.5],
+        [True] * 9,
+    ):
+        apart = b",".join(canonical_bytes(x) for x in entries)
+        assert canonical_bytes(entries) == canonical_bytes(tuple(entries)) == b"[" + apart + b"]"
+
+
+def test_nouns_made_in_columns_are_nouns() -> None:
+    made = nouns(MemorySample, 3, rank=1, time_ns=[0, 5, 9], in_use_bytes=[7, 8, 7])
+    assert made == [MemorySample(rank=1, time_ns=t, in_use_bytes=b) for t, b in ((0, 7), (5, 8), (9, 7))]
+    with pytest.raises(KeyError, match="in_use_bytes"):
+        nouns(MemorySample, 1, rank=1, time_ns=[0])
+    with pytest.raises(TypeError, match=r"MemorySample: \['size'\]"):
+        nouns(MemorySample, 1, rank=1, time_ns=0, in_use_bytes=0, size=0)
+    with pytest.raises(ValueError, match="shorter"):
+        nouns(MemorySample, 2, rank=1, time_ns=[0], in_use_bytes=0)
+    fields = dict.fromkeys(LoRA.__dataclass_fields__)  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="__post_init__"):
+        nouns(LoRA, 1, **fields)
 
 
 def test_nan_has_no_digest() -> None:
