@@ -9,9 +9,9 @@ from typing import Any
 
 from muxtune.sim.cost.base import CostModel
 from muxtune.spec.cluster import Cluster
-from muxtune.spec.errors import UnknownKeyError
+from muxtune.spec.errors import InputError, UnknownKeyError
 from muxtune.spec.estimate import Estimate
-from muxtune.spec.layout import Layout
+from muxtune.spec.layout import Layout, LayoutChoice
 from muxtune.spec.noun import noun
 from muxtune.spec.plan import Plan
 from muxtune.spec.registry import load_file_class, parse_config, plugins, split_reference
@@ -22,7 +22,11 @@ Evaluate = Callable[[Plan], Estimate]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SystemState:
-    """What a policy plans for. `evaluate` runs the simulator on a candidate, for policies that search with it."""
+    """What a policy plans for. `evaluate` runs the simulator on a candidate, for policies that search with it.
+
+    `choices` are the layouts and micro-batch counts that a policy with `chooses_layout` may pick from; without any it takes
+    `layout` and `microbatches`, or what its docstring says.
+    """
 
     workload: Workload
     cluster: Cluster
@@ -30,6 +34,7 @@ class SystemState:
     microbatches: int
     seed: int = 0
     evaluate: Evaluate | None = field(default=None, compare=False)
+    choices: tuple[LayoutChoice, ...] = ()
 
 
 @noun
@@ -38,9 +43,15 @@ class NoConfig:
 
 
 class Policy:
-    """Base of every policy. A subclass sets `Config` (its own frozen options) and defines `plan`."""
+    """Base of every policy. A subclass sets `Config` (its own frozen options) and defines `plan`.
+
+    `chooses_layout`: it picks among `state.choices` itself; every other policy is planned once for each of them
+    (policies/choices.py). `quick` are options under which the laws run, for a policy with a budget.
+    """
 
     Config: type[Any] = NoConfig
+    chooses_layout: bool = False
+    quick: str = ""
 
     def __init__(self, config: Any, cost: CostModel) -> None:
         self.config = config
@@ -53,6 +64,17 @@ class Policy:
             InfeasibleError: nothing fits, with the tightest constraint named.
         """
         raise NotImplementedError
+
+
+def require_evaluate(key: str, state: SystemState) -> Evaluate:
+    """The simulator that a searching policy was handed.
+
+    Raises:
+        InputError: there is none.
+    """
+    if state.evaluate is None:
+        raise InputError(f"policy {key} judges plans with the simulator: give SystemState an `evaluate`")
+    return state.evaluate
 
 
 def policies() -> dict[str, type[Policy]]:

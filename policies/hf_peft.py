@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal, get_args
+
 from muxtune.policies.base import Policy, SystemState
 from muxtune.policies.build import make_instance, make_plan, require_feasible
+from muxtune.spec.noun import noun
 from muxtune.spec.plan import Plan
+
+Residency = Literal["resident", "swapped"]
+
+
+@noun
+class BackbonesConfig:
+    """`swapped` keeps one backbone at a time in memory (the swap is not timed); `resident` keeps one a task, as §5.3 does."""
+
+    residency: Residency = "resident"
+
+    def __post_init__(self) -> None:
+        if self.residency not in get_args(Residency):
+            raise ValueError(f"residency={self.residency!r}: known are {list(get_args(Residency))}")
 
 
 class HfPeft(Policy):
-    """Every task has its own resident backbone and micro-batches; the pipeline is flushed before the next task."""
+    """Every task has its own backbone and micro-batches; tasks follow each other by id."""
+
+    Config = BackbonesConfig
 
     def plan(self, state: SystemState) -> Plan:
         """One instance a task.
@@ -16,6 +35,7 @@ class HfPeft(Policy):
         Raises:
             InfeasibleError: the backbones of all tasks do not fit side by side.
         """
-        ids = [t.task_id for t in state.workload.tasks]
+        ids = sorted(t.task_id for t in state.workload.tasks)
         instances = [make_instance(state, task_id, [[task_id]], [[0]]) for task_id in ids]
-        return require_feasible(make_plan(self, "hf-peft", state, instances))
+        plan = make_plan(self, "hf-peft", state, instances)
+        return require_feasible(replace(plan, residency=self.config.residency))

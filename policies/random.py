@@ -23,7 +23,7 @@ class Random(Policy):
         surrogate = Surrogate(self.cost, state, "pad")
         surrogate.require_single_tasks()
         rng = np.random.default_rng(state.seed)
-        ids = [t.task_id for t in state.workload.tasks]
+        ids = sorted(t.task_id for t in state.workload.tasks)
         groups: list[tuple[str, ...]] = []
         for place in rng.permutation(len(ids)):
             task_id = ids[place]

@@ -16,6 +16,6 @@ class SlPeft(Policy):
         Raises:
             InfeasibleError: the batch of all tasks does not fit.
         """
-        everyone = [t.task_id for t in state.workload.tasks]
+        everyone = sorted(t.task_id for t in state.workload.tasks)
         instance = make_instance(state, "shared", [everyone], [[0]])
         return require_feasible(make_plan(self, "sl-peft", state, [instance]))

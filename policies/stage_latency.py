@@ -102,6 +102,7 @@ class StageLatency:
         self.edge, self.inner = (replace(contexts[0], layout=two_stages, stage=s) for s in (0, 1))
         self.first_target = {t.task_id: min(map(TARGETS.index, t.peft.targets)) for t in workload.tasks}
         self.op_ns: dict[Op, int] = {}
+        self.sums: dict[tuple[tuple[Op, ...], tuple[Op, ...]], int] = {}
         self.frozen: dict[tuple[int, Runs, int, Direction], tuple[int, ...]] = {}
         self.adapter: dict[tuple[PeftSpec, int, Direction], tuple[TargetCosts, TargetCosts]] = {}
         self.chains: dict[tuple[int, Shape, Direction], Chain] = {}
@@ -140,9 +141,13 @@ class StageLatency:
             self.chains[key] = tuple(nodes)
         return self.chains[key]
 
-    def _sum_ns(self, ops: Sequence[Op], share: tuple[Op, ...] = ()) -> int:
-        priced = prices(self.cost, self.device, ops, link=self.link, share=share)
-        return sum(stream_ns(price, self.device) for _, price in priced)
+    def _sum_ns(self, ops: tuple[Op, ...], share: tuple[Op, ...] = ()) -> int:
+        """Equal layers launch equal operators, which are priced once."""
+        key = (ops, share)
+        if key not in self.sums:
+            priced = prices(self.cost, self.device, ops, link=self.link, share=share)
+            self.sums[key] = sum(stream_ns(price, self.device) for _, price in priced)
+        return self.sums[key]
 
     def _frozen_ns(self, lead: str, tokens: int, runs: Runs, direction: Direction) -> tuple[int, ...]:
         """Backbone, launches and collectives on each stage; `lead` adapts the hTask's earliest BaseOp."""

@@ -19,7 +19,7 @@ class Temporal(Policy):
         Raises:
             InfeasibleError: the micro-batches in flight do not fit.
         """
-        ids = [t.task_id for t in state.workload.tasks]
+        ids = sorted(t.task_id for t in state.workload.tasks)
         instance = make_instance(state, "shared", [[i] for i in ids], [[h] for h in range(len(ids))])
         instance = replace(instance, feed=round_robin(instance.buckets))
         return require_feasible(make_plan(self, "temporal", state, [instance]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 from muxtune.spec.align import Batch, Row
@@ -13,9 +14,13 @@ from muxtune.spec.plan import Action, Bucket, Instance, Launch, LaunchList, Plan
 from muxtune.spec.program import Bound, Instruction, Program, RankProgram, StageLaunches, UnitKey, UnitWork
 
 
-def bind(plan: Plan, *, seed: int, steps: int = 1, first_step: int = 0) -> Bound:
-    """Draw samples with `seed` and compile the plan for `steps` optimizer steps of every task."""
-    return bind_draw(plan, draw_samples(plan.workload, seed, steps, first_step), first_step)
+def bind(plan: Plan, *, seed: int, steps: int | None = None, first_step: int = 0) -> Bound:
+    """Draw samples with `seed` and compile the plan for `steps` optimizer steps of every task.
+
+    Without `steps`, for the fewest that its orders cover: one, unless an explicit order covers several.
+    """
+    covered = math.lcm(*(i.steps for i in plan.instances)) if steps is None else steps
+    return bind_draw(plan, draw_samples(plan.workload, seed, covered, first_step), first_step)
 
 
 def bind_draw(plan: Plan, draw: Draw, first_step: int = 0) -> Bound:

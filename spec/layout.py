@@ -92,6 +92,19 @@ class Layout:
         return stage == self.pp - 1
 
 
+@noun
+class LayoutChoice:
+    """What a planner may choose before it places tasks: a layout, and the micro-batches C of a global batch."""
+
+    layout: Layout
+    microbatches: int
+
+    @property
+    def name(self) -> str:
+        """For people: `tp=2 pp=4 dp=1 C=8`."""
+        return f"{self.layout.name} C={self.microbatches}"
+
+
 def even_layout(model: ModelSpec, *, tp: int = 1, pp: int = 1, dp: int = 1, sequence_parallel: bool = False) -> Layout:
     """Layers spread evenly over the stages; a remainder goes to the middle stages, away from embedding and head."""
     require_layers(model, pp)

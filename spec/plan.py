@@ -188,6 +188,21 @@ class SolverRecord:
 
 
 @noun
+class LayoutSearch:
+    """What a search over layouts and micro-batch counts looked at: none of it depends on clocks.
+
+    `candidates` were planned and judged, `infeasible` of them in vain; `pruned_shape` were left out because a degree divides
+    no dimension or leaves a replica without samples, `pruned_memory` because the backbone alone does not fit.
+    """
+
+    candidates: int
+    infeasible: int
+    pruned_shape: int
+    pruned_memory: int
+    evaluations: int
+
+
+@noun
 class Provenance:
     """The one block that digests leave out: wall-clock seconds, host, versions."""
 
@@ -198,12 +213,16 @@ class Provenance:
 
 @noun
 class MadeBy:
-    """Which policy made the plan, with which config, on which cost model, and what its solver proved."""
+    """Which policy made the plan, with which config, on which cost model, and what its solver proved.
+
+    `layouts` says what was searched where the layout was not given.
+    """
 
     policy: str
     config: str = ""
     cost_model: str = ""
     solver: SolverRecord | None = None
+    layouts: LayoutSearch | None = None
 
 
 @noun

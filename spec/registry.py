@@ -15,7 +15,12 @@ from typing import Any
 from muxtune.spec.errors import DuplicateKeyError, InputError, UnknownKeyError
 
 #: Modules of a plug-in folder that carry shared code; a plug-in never has one of these names.
-HELPERS = frozenset({"__init__", "base", "build", "fusion", "launches", "stage_latency", "surrogate", "template"})
+HELPERS = frozenset(
+    {
+        *("__init__", "base", "build", "fusion", "launches", "stage_latency", "surrogate", "template"),
+        *("candidates", "choices", "moves", "packing"),
+    }
+)
 
 
 def plugin_modules(folder: Path, package: str, helpers: frozenset[str] = HELPERS) -> dict[str, str]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from muxtune.experiments.console import table
-from muxtune.policies.base import NoConfig, SystemState
+from muxtune.policies.base import SystemState
 from muxtune.policies.hf_peft import HfPeft
 from muxtune.sim.cost.base import CostModel
 from muxtune.sim.simulate import estimate
@@ -26,7 +26,7 @@ FIGURES = (
     *("iteration_ns", "spread", "draws", "raw_tokens_per_s", "billed_tokens_per_s", "processed_tokens_per_s"),
     *("peak_bytes", "peak_bytes_per_rank", "bubble_fraction", "exposed_comm_fraction", "host_bound_fraction"),
     *("energy_j", "truncated_tokens", "extrapolated_fraction", "relative_error", "plan_seconds", "solver"),
-    *("plan_digest", "per_task"),
+    *("plan_digest", "per_task", "chosen_layouts", "chosen_microbatches", "layout_search"),
     *("utilisation", "mfu", "mfu_billed", "stalls", "joules_per_billed_token", "energy_idle_j", "energy_dynamic_j"),
 )
 
@@ -47,6 +47,9 @@ def feasible_row(policy: str, plan: Plan, found: Estimate, per_task: dict[str, A
         "solver": _solver(plan.made_by.solver),
         "plan_digest": plan.decision_digest(),
         "per_task": per_task,
+        "chosen_layouts": sorted({i.layout.name for i in plan.instances}),
+        "chosen_microbatches": sorted({i.microbatches for i in plan.instances}),
+        "layout_search": plain(plan.made_by.layouts) if plan.made_by.layouts else None,
     }
     return {"policy": policy, "feasible": True, "reason": "", **{name: figures[name] for name in FIGURES}}
 
@@ -87,7 +90,7 @@ class Alone:
             workload=workload, cluster=self.cluster, layout=layout, microbatches=microbatches, seed=self.seed
         )
         try:
-            plan = HfPeft(NoConfig(), self.cost).plan(state)
+            plan = HfPeft(HfPeft.Config(), self.cost).plan(state)
             return estimate(plan, self.cost, self.seed).iteration_ns
         except MuxtuneError:
             return None
@@ -123,7 +126,16 @@ def figures_table(rows: Sequence[dict[str, Any]], best: str | None = None) -> An
     names = ["policy", "iteration", "billed tok/s", "processed tok/s", "peak mem", "J/billed tok", "model error"]
     if any(row["extrapolated_fraction"] for row in rows):
         names.append("extrapolated")
-    return table([*names, "plan s"], [_cells(row, best, "extrapolated" in names) for row in rows])
+    cells = [_cells(row, best, "extrapolated" in names) for row in rows]
+    if not any(row["layout_search"] for row in rows):
+        return table([*names, "plan s"], cells)
+    return table([*names, "plan s", "layout"], [[*c, _layout_text(row)] for c, row in zip(cells, rows, strict=True)])
+
+
+def _layout_text(row: dict[str, Any]) -> str:
+    """The layouts that were picked, and C."""
+    layouts = row["chosen_layouts"] if len(row["chosen_layouts"]) < 3 else [f"{len(row['chosen_layouts'])} layouts"]
+    return f"{' | '.join(layouts)} C={','.join(map(str, row['microbatches']))}"
 
 
 #: Headings of the causes in tables.

@@ -1,122 +1,108 @@
-"""Laws that hold for every policy found, with every value of its switches."""
+"""Laws that hold for every policy found, with every value of its switches (the laws are in experiments/laws.py)."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-import subprocess
-import sys
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from muxtune.policies.base import Policy, SystemState, make_policy, policies
-from muxtune.sim.cost.roofline import Roofline
-from muxtune.spec.check import check
-from muxtune.spec.errors import InfeasibleError
-from muxtune.spec.files import read_noun, write_noun
-from muxtune.spec.noun import digest
-from muxtune.spec.plan import Plan
-from muxtune.spec.task import Workload
+from muxtune.experiments.laws import LAWS, Law, ask_all, planned_elsewhere, variants, with_options
+from muxtune.policies.base import policies
+from muxtune.spec.errors import InputError
 
-#: (tasks, tp, pp, C): one task to eight, fewer samples than micro-batches, one stage and two.
-SHAPES = ((1, 1, 1, 1), (1, 1, 2, 4), (3, 1, 2, 2), (3, 2, 1, 2), (5, 1, 1, 4), (8, 1, 2, 4), (8, 2, 2, 1))
+KEYS = sorted(policies())
+REFERENCES = [reference for key in KEYS for reference in variants(key)]
+#: Starting two processes for each reference would take minutes: one pair plans for all keys, below.
+HERE = [law for law in LAWS if law.name != "everywhere"]
 
-PLAN_ELSEWHERE = """
-import json, sys
-from pathlib import Path
-from muxtune.policies.base import SystemState, make_policy
-from muxtune.sim.cost.roofline import Roofline
-from muxtune.spec.cluster import parse_cluster
-from muxtune.spec.files import read_noun
-from muxtune.spec.layout import even_layout
-from muxtune.spec.noun import digest
-from muxtune.spec.task import Workload
-workload = read_noun(Workload, Path(sys.argv[1]))
-state = SystemState(
-    workload=workload, cluster=parse_cluster("4xcpu"), layout=even_layout(workload.model, pp=2), microbatches=2, seed=5
-)
-print(json.dumps({name: digest(make_policy(name, Roofline()).plan(state)) for name in sys.argv[2:]}))
+
+@pytest.mark.parametrize("reference", REFERENCES)
+@pytest.mark.parametrize("law", HERE, ids=lambda law: law.name)
+def test_law(law: Law, reference: str) -> None:
+    assert law.counterexample(reference) is None
+
+
+def test_plan_is_equal_in_other_processes() -> None:
+    asked = [next(iter(variants(key))) for key in KEYS]
+    seen = [planned_elsewhere(asked, hash_seed) for hash_seed in (1, 2)]
+    assert seen[0] == seen[1]
+    assert set(seen[0]) == set(asked)
+
+
+BAD = """
+import itertools
+import random
+from dataclasses import replace
+from muxtune.policies.base import Policy
+from muxtune.policies.build import make_instance, make_plan, require_feasible
+
+def one_batch(policy, state, key="bad"):
+    ids = [t.task_id for t in state.workload.tasks]
+    return make_plan(policy, key, state, [make_instance(state, "shared", [ids], [[0]])])
+
+class Unsafe(Policy):
+    def plan(self, state):
+        return one_batch(self, state)
+
+class Forgetful(Policy):
+    def plan(self, state):
+        few = replace(state, workload=replace(state.workload, tasks=state.workload.tasks[:1]))
+        return require_feasible(one_batch(self, few))
+
+class Counting(Policy):
+    calls = itertools.count()
+    def plan(self, state):
+        return require_feasible(one_batch(self, state, f"bad{next(self.calls)}"))
+
+class Hashing(Policy):
+    def plan(self, state):
+        ids = list({t.task_id for t in state.workload.tasks})
+        groups = [[i] for i in ids]
+        instance = make_instance(state, "shared", groups, [[h] for h in range(len(ids))])
+        return require_feasible(make_plan(self, "bad", state, [instance]))
+
+class Unsigned(Policy):
+    def plan(self, state):
+        plan = require_feasible(one_batch(self, state))
+        return replace(plan, made_by=replace(plan.made_by, cost_model="mine"))
+
+class Crashing(Policy):
+    def plan(self, state):
+        return {}["nothing"]
+
+class Empty(Policy):
+    def plan(self, state):
+        return None
 """
 
 
-def variants(key: str, found: type[Policy]) -> Iterator[str]:
-    """The policy as it is, then with each switch thrown (bool and Literal options)."""
-    yield key
-    hints = get_type_hints(found.Config)
-    for field in dataclasses.fields(found.Config):
-        kind = hints[field.name]
-        values: tuple[Any, ...] = (
-            (False, True) if kind is bool else get_args(kind) if get_origin(kind) is Literal else ()
-        )
-        for value in values:
-            if value != field.default:
-                yield f"{key}:{field.name}={str(value).lower()}"
+@pytest.mark.parametrize(
+    ("name", "law", "told"),
+    [
+        ("Unsafe", "refuses", "require_feasible"),
+        ("Forgetful", "whole", "3 tasks, tp=1 pp=2 C=2: task t1 is placed 0 times"),
+        ("Counting", "pure", "planned otherwise the second time"),
+        ("Hashing", "everywhere", "hash seeds"),
+        ("Unsigned", "signed", "cost_model is 'mine', expected 'roofline"),
+        ("Crashing", "executable", "raised KeyError at mine.py"),
+        ("Empty", "executable", "returned NoneType, not a Plan"),
+    ],
+)
+def test_a_policy_that_breaks_a_law_is_told(tmp_path: Path, name: str, law: str, told: str) -> None:
+    (tmp_path / "mine.py").write_text(BAD)
+    found = {row["law"]: row for row in ask_all(f"{tmp_path / 'mine.py'}:{name}")}
+    assert not found[law]["ok"]
+    assert told in found[law]["counterexample"]
+    assert "\n" not in found[law]["counterexample"]
 
 
-REFERENCES = [reference for key, found in sorted(policies().items()) for reference in variants(key, found)]
-#: Policies that cannot work without the simulator are planned in this process only, where the state has one.
-KEYS = sorted(policies())
+def test_options_are_added_and_own_ones_win() -> None:
+    assert with_options("a", "") == "a"
+    assert with_options("a", "k=1") == "a:k=1"
+    assert with_options("./x.py:A:k=2", "k=1,j=3") == "./x.py:A:k=2,j=3"
+    assert next(iter(variants("search:evaluations=30"))) == "search:evaluations=30"
 
 
-def key_of(reference: str) -> str:
-    return reference.partition(":")[0]
-
-
-@pytest.fixture(params=SHAPES, ids=lambda s: "tasks{}-tp{}-pp{}-C{}".format(*s))
-def state(request: pytest.FixtureRequest, tiny_workload: Any, tiny_state: Any) -> SystemState:
-    tasks, tp, pp, microbatches = request.param
-    found: SystemState = tiny_state(tiny_workload(tasks), tp=tp, pp=pp, microbatches=microbatches)
-    return found
-
-
-@pytest.mark.parametrize("reference", REFERENCES)
-def test_plan_is_valid_pure_and_signed(reference: str, state: SystemState) -> None:
-    plan = make_policy(reference, Roofline()).plan(state)
-    assert check(plan) == ()
-    placed = Counter(t for i in plan.instances for t in i.tasks)
-    assert placed == Counter(t.task_id for t in state.workload.tasks)
-    assert plan.workload == state.workload
-    assert plan.cluster == state.cluster
-    assert plan.made_by.policy == key_of(reference)
-    assert plan.made_by.cost_model == Roofline().model_id
-    assert digest(make_policy(reference, Roofline()).plan(state)) == digest(plan)
-
-
-@pytest.mark.parametrize("reference", REFERENCES)
-def test_plan_survives_its_file(reference: str, tiny_state: Any, tmp_path: Path) -> None:
-    plan = make_policy(reference, Roofline()).plan(tiny_state(pp=2))
-    write_noun(plan, tmp_path / "plan.json")
-    again = read_noun(Plan, tmp_path / "plan.json")
-    assert again == plan
-    assert digest(again) == digest(plan)
-
-
-@pytest.mark.parametrize("reference", REFERENCES)
-def test_config_in_made_by_plans_the_same_again(reference: str, tiny_state: Any) -> None:
-    plan = make_policy(reference, Roofline()).plan(tiny_state(pp=2))
-    spelled = ":".join(filter(None, (plan.made_by.policy, plan.made_by.config)))
-    assert make_policy(spelled, Roofline()).plan(tiny_state(pp=2)) == plan
-
-
-@pytest.mark.parametrize("reference", REFERENCES)
-def test_no_memory_is_a_clear_no(reference: str, tiny_state: Any) -> None:
-    with pytest.raises(InfeasibleError, match=r"rank \d+ .*needs .* has 1\.00 MiB"):
-        make_policy(reference, Roofline()).plan(tiny_state(pp=2, memory_bytes=2**20))
-
-
-def test_plan_is_equal_in_other_processes(tiny_workload: Any, tmp_path: Path) -> None:
-    workload: Workload = tiny_workload(6)
-    write_noun(workload, tmp_path / "workload.json")
-    command = [sys.executable, "-c", PLAN_ELSEWHERE, str(tmp_path / "workload.json"), *KEYS]
-    seen = []
-    for hash_seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-        run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
-        seen.append(json.loads(run.stdout))
-    assert seen[0] == seen[1]
-    assert set(seen[0]) == set(KEYS)
+def test_a_wrong_reference_is_no_counterexample() -> None:
+    with pytest.raises(InputError, match="unknown policy 'nothing'"):
+        ask_all("nothing")
