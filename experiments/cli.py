@@ -91,7 +91,8 @@ def plan(
     dp: opt.Dp = 1,
     sequence_parallel: opt.SequenceParallel = False,
     recompute: opt.Recomputation = opt.Recompute.none,
-    microbatches: opt.Microbatches = 4,
+    search_layout: opt.SearchLayout = False,
+    microbatches: opt.Microbatches = "4",
     cost: opt.Cost = "roofline",
     allow_extrapolation: opt.Extrapolate = False,
     seed: opt.Seed = 0,
@@ -100,7 +101,7 @@ def plan(
 ) -> Answer:
     """Let one policy decide, and write its plan."""
     from muxtune.experiments.commands import plan as command
-    from muxtune.experiments.commands.problem import Options
+    from muxtune.experiments.commands.problem import Options, parse_microbatches
 
     options = Options(
         tp=tp,
@@ -108,7 +109,8 @@ def plan(
         dp=dp,
         sequence_parallel=sequence_parallel,
         recompute=recompute.value,
-        microbatches=microbatches,
+        search_layout=search_layout,
+        microbatches=parse_microbatches(microbatches),
         cost=cost,
         allow_extrapolation=allow_extrapolation,
         seed=seed,
@@ -123,6 +125,20 @@ def check(plan: opt.PlanFile, seed: opt.Seed = 0, as_json: opt.AsJson = False) -
     from muxtune.experiments.commands import check as command
 
     body = command.run(plan, seed=seed)
+    return Answer(body=body, show=command.show, as_json=as_json, ok=body["ok"])
+
+
+@app.command(name="check-policy", epilog=example("check-policy ./mine.py:MyPolicy"))
+def check_policy(
+    policy: Annotated[str, typer.Argument(metavar="POLICY", help="NAME[:key=value,...] or FILE.py:CLASS.")],
+    as_json: opt.AsJson = False,
+) -> Answer:
+    """Ask the laws of every policy of one (exit 1 if it breaks one)."""
+    from muxtune.experiments.commands import check_policy as command
+    from muxtune.experiments.console import Progress
+
+    with Progress() as progress:
+        body = command.run(policy, progress)
     return Answer(body=body, show=command.show, as_json=as_json, ok=body["ok"])
 
 
@@ -158,12 +174,12 @@ def simulate(
 
 @app.command(
     epilog=example(
-        "compare --workload work.yaml --cluster 4xA40-nvlink --policies hf-peft,muxtune:charge=exact,fusion=true"
+        "compare --workload work.yaml --cluster 4xA40-nvlink --policies hf-peft,nemo,muxtune:charge=exact --search-layout"
     )
 )
 def compare(
-    workload: opt.WorkloadFile,
-    cluster: opt.ClusterName,
+    workload: opt.SeveralWorkloads,
+    cluster: opt.ClusterNames,
     policies: Annotated[
         str,
         typer.Option(
@@ -181,17 +197,19 @@ def compare(
     dp: opt.Dp = 1,
     sequence_parallel: opt.SequenceParallel = False,
     recompute: opt.Recomputation = opt.Recompute.none,
-    microbatches: opt.Microbatches = 4,
+    search_layout: opt.SearchLayout = False,
+    microbatches: opt.Microbatches = "4",
     cost: opt.Cost = "roofline",
     allow_extrapolation: opt.Extrapolate = False,
     draws: opt.Draws = 8,
+    jobs: opt.Jobs = 1,
     seed: opt.Seed = 0,
     out: opt.OutFolder = None,
     as_json: opt.AsJson = False,
 ) -> Answer:
-    """Let several policies plan one workload; fastest first."""
+    """Let several policies plan each workload on each cluster; fastest first."""
     from muxtune.experiments.commands import compare as command
-    from muxtune.experiments.commands.problem import Options
+    from muxtune.experiments.commands.problem import Options, parse_microbatches
     from muxtune.experiments.console import Progress
 
     options = Options(
@@ -200,7 +218,8 @@ def compare(
         dp=dp,
         sequence_parallel=sequence_parallel,
         recompute=recompute.value,
-        microbatches=microbatches,
+        search_layout=search_layout,
+        microbatches=parse_microbatches(microbatches),
         cost=cost,
         allow_extrapolation=allow_extrapolation,
         draws=draws,
@@ -208,8 +227,8 @@ def compare(
     )
     references = (*command.split_policies(policies), *(policy or ()))
     with Progress() as progress:
-        body = command.run(workload, cluster, references, options, out=out, progress=progress)
-    return Answer(body=body, show=command.show, as_json=as_json, ok=body["best"] is not None)
+        body = command.run(workload, cluster, references, options, jobs=jobs, out=out, progress=progress)
+    return Answer(body=body, show=command.show, as_json=as_json, ok=command.answered(body))
 
 
 @app.command(epilog=example("execute plan.json --device cpu --iterations 5"))

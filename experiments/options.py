@@ -34,6 +34,14 @@ ClusterName = Annotated[
     str,
     typer.Option("--cluster", metavar="NAME|FILE", help="[NODESx]GPUSxDEVICE[-LINK] (4xA40-nvlink, cpu) or a file."),
 ]
+SeveralWorkloads = Annotated[
+    list[Path], typer.Option("--workload", metavar="FILE", help="Workload file (YAML or JSON); may be repeated.")
+]
+ClusterNames = Annotated[
+    list[str],
+    typer.Option("--cluster", metavar="NAME|FILE", help="[NODESx]GPUSxDEVICE[-LINK], cpu or a file; may be repeated."),
+]
+Jobs = Annotated[int, typer.Option("--jobs", metavar="N", min=1, help="Processes that plan side by side.")]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file, as `muxtune plan` writes it.")]
 PolicyName = Annotated[str, typer.Option("--policy", metavar="POLICY", help="NAME[:key=value,...] or FILE.py:CLASS.")]
 Tp = Annotated[int, typer.Option("--tp", metavar="N", min=1, help="Tensor parallelism.")]
@@ -52,7 +60,16 @@ Recomputation = Annotated[
     typer.Option("--recompute", help="full keeps only each layer's input; the backward runs the forward again."),
 ]
 Microbatches = Annotated[
-    int, typer.Option("--microbatches", metavar="N", min=1, help="Micro-batches a global batch is spread over.")
+    str,
+    typer.Option(
+        "--microbatches",
+        metavar="N[,N...]|auto",
+        help="Micro-batches a global batch is spread over; several are searched.",
+    ),
+]
+SearchLayout = Annotated[
+    bool,
+    typer.Option("--search-layout", help="Search tp x pp x dp, for every policy alike; leave out --tp, --pp, --dp."),
 ]
 Cost = Annotated[
     str,

@@ -17,7 +17,10 @@ from muxtune.spec.files import read_noun
 from muxtune.spec.noun import canonical_bytes
 from muxtune.spec.plan import Plan
 
-COMMANDS = ("demo", "profile", "plan", "check", "simulate", "compare", "execute", "validate", "report", "list")
+COMMANDS = (
+    *("demo", "profile", "plan", "check", "check-policy", "simulate", "compare", "execute", "validate"),
+    *("report", "list"),
+)
 HEAVY = frozenset({"torch", "numpy", "pandas", "pydantic", "yaml", "scipy", "matplotlib", "simpy", "pulp"})
 
 WORKLOAD = """
@@ -120,7 +123,7 @@ PLAN = ("plan", "--workload", "work.yaml", "--cluster", "2xA40", "--policy", "mu
     [
         (("nonsense",), ["nonsense", "--help"]),
         (("plan", "--policy", "muxtune"), ["--workload"]),
-        ((*PLAN[:-1], "best"), ["unknown policy 'best'", "hf-peft, muxtune"]),
+        ((*PLAN[:-1], "best"), ["unknown policy 'best'", "hf-peft", "muxtune"]),
         ((*PLAN[:-1], "muxtune:charge=free"), ["charge='free'", "paper"]),
         ((*PLAN[:-1], "muxtune:cost=1"), ["unknown option", "'cost'", "charge"]),
         ((*PLAN[:-1], "./mine.py:Other"), ["mine.py", "Other", "MyPolicy"]),
@@ -236,6 +239,7 @@ def test_plan_check_simulate_compare(folder, capsys):
     assert rows["hf-peft"]["solver"] is None
     assert sorted(p.name for p in Path("cmp").iterdir()) == [
         "compare.json",
+        "compare.svg",
         "plan-1-hf-peft.json",
         "plan-2-muxtune.json",
     ]

@@ -1,16 +1,18 @@
-"""compare: every policy plans the same workload on the same devices; one row each, best first."""
+"""compare: every policy plans every workload on every cluster; one row each, best first, and means over the cases."""
 
 from __future__ import annotations
 
+import multiprocessing
 import re
-import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from muxtune.experiments.commands.inputs import Progress, output_folder, silent
+from muxtune.experiments.commands.means import geometric_means, means_table
 from muxtune.experiments.commands.plan import timed_plan
-from muxtune.experiments.commands.problem import Options, problem_text, read_problem
+from muxtune.experiments.commands.problem import Options, Problem, problem_text, read_problem
 from muxtune.experiments.commands.rows import (
     UNCALIBRATED,
     Alone,
@@ -20,10 +22,13 @@ from muxtune.experiments.commands.rows import (
     time_table,
 )
 from muxtune.experiments.console import json_text, render
-from muxtune.policies.base import Policy, SystemState, make_policy, policies
+from muxtune.policies.base import make_policy, policies
 from muxtune.spec.errors import InputError, MuxtuneError
 from muxtune.spec.files import write_noun, write_text
 from muxtune.spec.plan import Plan
+
+#: A policy's row and, where it has one, its plan.
+Answered = tuple[dict[str, Any], Plan | None]
 
 
 def split_policies(text: str) -> tuple[str, ...]:
@@ -41,49 +46,92 @@ def split_policies(text: str) -> tuple[str, ...]:
 
 
 def run(
-    workload: Path,
-    cluster: str,
+    workloads: Sequence[Path],
+    clusters: Sequence[str],
     references: Sequence[str] = (),
     options: Options | None = None,
     *,
+    jobs: int = 1,
     out: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """One row a policy (all of them by default); `out` gets compare.json and the plans.
+    """One row a policy (all of them by default) for each workload on each cluster; `out` gets compare.json, plans, a chart.
+
+    One case has its keys at the top; several stand in `cases`, with `geometric_means` beside them. `jobs` processes share the
+    work; what they find does not depend on how many there are.
 
     Raises:
         InputError: wrong file, name or option. A policy without an answer is a row, not an error.
     """
     folder = output_folder(out) if out else None
-    problem = read_problem(workload, cluster, options or Options())
-    made = {name: make_policy(name, problem.cost) for name in references or policies()}
-    alone = problem.alone()
-    rows: list[dict[str, Any]] = []
-    for index, (name, policy) in enumerate(made.items(), start=1):
-        row, plan = _row(name, policy, problem.state(), alone)
-        rows.append(row)
-        if folder and plan:
-            write_noun(plan, folder / f"plan-{index}-{re.sub('[^A-Za-z0-9]+', '-', name).strip('-')}.json")
-        progress("plan", index, len(made))
-    rows.sort(key=lambda r: (not r["feasible"], r["iteration_ns"] or 0, r["policy"]))
-    body = {**problem.body(), **_best(rows), "rows": rows}
+    problems = [read_problem(w, c, options or Options()) for w in workloads for c in clusters]
+    names = list(dict.fromkeys(references or policies()))
+    for name in names:
+        make_policy(name, problems[0].cost)
+    answers = _answers(problems, names, jobs)
+    cases: list[dict[str, Any]] = []
+    for index, problem in enumerate(problems):
+        rows: list[dict[str, Any]] = []
+        for place, name in enumerate(names, start=1):
+            row, plan = next(answers)
+            rows.append(row)
+            if folder and plan:
+                home = folder if len(problems) == 1 else output_folder(folder / _case_name(index, problem))
+                write_noun(plan, home / f"plan-{place}-{_slug(name)}.json")
+            progress("plan", index * len(names) + place, len(problems) * len(names))
+        rows.sort(key=lambda r: (not r["feasible"], r["iteration_ns"] or 0, r["policy"]))
+        cases.append({**problem.body(), **_best(rows), "rows": rows})
+    body = cases[0] if len(cases) == 1 else {"cases": cases, "geometric_means": geometric_means(cases, names)}
     if folder:
+        from muxtune.experiments.plots.compare import bars
+
         write_text(folder / "compare.json", json_text(body))
+        write_text(folder / "compare.svg", bars(cases))
     return body
 
 
-def _row(name: str, policy: Policy, state: SystemState, alone: Alone) -> tuple[dict[str, Any], Plan | None]:
+def answered(body: dict[str, Any]) -> bool:
+    """Whether some policy has a plan in every case."""
+    return all(case["best"] is not None for case in body.get("cases", [body]))
+
+
+def _answers(problems: Sequence[Problem], names: Sequence[str], jobs: int) -> Iterator[Answered]:
+    """Problem by problem, policy by policy."""
+    if jobs == 1:
+        for problem in problems:
+            alone = problem.alone()
+            yield from (_answer(problem, name, alone) for name in names)
+        return
+    work = [(problem, name) for problem in problems for name in names]
+    # Spawned, not forked: a bar's thread may hold a lock while this process is copied.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_answer_of, work)
+
+
+def _answer_of(work: tuple[Problem, str]) -> Answered:
+    problem, name = work
+    return _answer(problem, name, problem.alone())
+
+
+def _answer(problem: Problem, name: str, alone: Alone) -> Answered:
     """A policy's row; whatever it raises is its reason, so that one broken policy does not stop the others."""
     try:
-        plan = timed_plan(policy, state)
+        plan = timed_plan(make_policy(name, problem.cost), problem.state(), problem.choices)
         assert plan.predicted is not None
         return feasible_row(name, plan, plan.predicted, alone.per_task(plan, plan.predicted)), plan
     except MuxtuneError as error:
         return infeasible_row(name, str(error)), None
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"failed with {type(error).__name__} at {Path(place.filename).name}:{place.lineno}: {error}"
-        return infeasible_row(name, reason), None
+        # timed_plan names what a policy raises; this is a prediction that fails on what it planned.
+        return infeasible_row(name, f"failed with {type(error).__name__}: {error}"), None
+
+
+def _slug(text: str) -> str:
+    return re.sub("[^A-Za-z0-9]+", "-", text).strip("-")
+
+
+def _case_name(index: int, problem: Problem) -> str:
+    return f"{index + 1}-{_slug(problem.workload.name)}-{_slug(problem.cluster.name)}"
 
 
 def _best(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -101,12 +149,20 @@ def _best(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(body: dict[str, Any]) -> str:
+    """A table a case, then the means."""
+    cases = body.get("cases", [body])
+    parts: list[Any] = [part for case in cases for part in _case_parts(case)]
+    if "cases" in body:
+        parts += ["geometric mean of the speed-ups over all cases", means_table(body["geometric_means"], len(cases))]
+    return render(*parts, *([] if cases[0]["cost_model"]["calibrated"] else [UNCALIBRATED]))
+
+
+def _case_parts(case: dict[str, Any]) -> Iterator[Any]:
     """Feasible policies by iteration time, the others with their reasons."""
-    feasible = [r for r in body["rows"] if r["feasible"]]
-    parts: list[Any] = [problem_text(body)]
+    feasible = [r for r in case["rows"] if r["feasible"]]
+    yield problem_text(case)
     if feasible:
-        parts += [figures_table(feasible, body["best"]), "* fastest", time_table(feasible)]
-    if body["unresolved"]:
-        parts.append(f"within the cost model's error of {body['best']}: {', '.join(body['unresolved'])}")
-    parts += [f"{r['policy']}: no plan: {r['reason']}" for r in body["rows"] if not r["feasible"]]
-    return render(*parts, *([] if body["cost_model"]["calibrated"] else [UNCALIBRATED]))
+        yield from (figures_table(feasible, case["best"]), "* fastest", time_table(feasible))
+    if case["unresolved"]:
+        yield f"within the cost model's error of {case['best']}: {', '.join(case['unresolved'])}"
+    yield from (f"{r['policy']}: no plan: {r['reason']}" for r in case["rows"] if not r["feasible"])

@@ -13,6 +13,7 @@ from muxtune.experiments.commands.problem import Options, problem_text, read_pro
 from muxtune.experiments.commands.rows import UNCALIBRATED, feasible_row, figures_table
 from muxtune.experiments.console import render
 from muxtune.policies.base import Policy, SystemState, make_policy
+from muxtune.policies.choices import Choices, plan_over
 from muxtune.spec.errors import InputError, MuxtuneError, PlanError
 from muxtune.spec.files import write_noun
 from muxtune.spec.plan import Plan
@@ -27,15 +28,17 @@ def run(workload: Path, cluster: str, policy: str, out: Path, options: Options |
     """
     path = output_file(out)
     problem = read_problem(workload, cluster, options or Options())
-    made = timed_plan(make_policy(policy, problem.cost), problem.state())
+    made = timed_plan(make_policy(policy, problem.cost), problem.state(), problem.choices)
     write_noun(made, path)
     assert made.predicted is not None
     per_task = problem.alone().per_task(made, made.predicted)
     return {**problem.body(), **feasible_row(policy, made, made.predicted, per_task), "out": str(path)}
 
 
-def timed_plan(policy: Policy, state: SystemState) -> Plan:
+def timed_plan(policy: Policy, state: SystemState, choices: Choices | None = None) -> Plan:
     """Let a policy plan; add the prediction (which refuses a plan that `check` refuses) and the seconds it took.
+
+    With `choices` it plans over those layouts and micro-batch counts.
 
     Raises:
         InputError: the policy itself is broken. PlanError: it planned something else than it was asked for.
@@ -43,7 +46,7 @@ def timed_plan(policy: Policy, state: SystemState) -> Plan:
     name = type(policy).__name__
     started_s = time.perf_counter()
     try:
-        made = policy.plan(state)
+        made = policy.plan(state) if choices is None else plan_over(policy, name, state, choices)
     except MuxtuneError:
         raise
     except Exception as error:

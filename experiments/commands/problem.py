@@ -9,13 +9,14 @@ from typing import Any
 from muxtune.experiments.commands.inputs import load_cost
 from muxtune.experiments.commands.rows import Alone, cost_body, cost_text
 from muxtune.policies.base import SystemState
+from muxtune.policies.choices import Choices, layout_choices, microbatch_counts
 from muxtune.sim.cost.base import CostModel
 from muxtune.sim.simulate import make_evaluate
 from muxtune.sim.traces.cluster import read_cluster
 from muxtune.sim.traces.workload import read_workload
 from muxtune.spec.cluster import Cluster
 from muxtune.spec.errors import InputError
-from muxtune.spec.layout import Layout, Recompute, even_layout
+from muxtune.spec.layout import Layout, LayoutChoice, Recompute, even_layout
 from muxtune.spec.model import ModelSpec
 from muxtune.spec.noun import digest
 from muxtune.spec.task import Workload
@@ -23,14 +24,19 @@ from muxtune.spec.task import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Options of planning, as the command line spells them; `pp` None takes every device that is left."""
+    """Options of planning, as the command line spells them; `pp` None takes every device that is left.
+
+    Several `microbatches`, or none (every power of two up to the largest global batch), are searched; `search_layout`
+    searches tp, pp and dp as well.
+    """
 
     tp: int = 1
     pp: int | None = None
     dp: int = 1
     sequence_parallel: bool = False
     recompute: Recompute = "none"
-    microbatches: int = 4
+    microbatches: tuple[int, ...] = (4,)
+    search_layout: bool = False
     cost: str = "roofline"
     allow_extrapolation: bool = False
     draws: int = 8
@@ -39,13 +45,15 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """A workload on a cluster under one layout, and the cost model to plan with."""
+    """A workload on a cluster under one layout, or under `choices` to pick from, and the cost model to plan with."""
 
     workload: Workload
     cluster: Cluster
     layout: Layout
+    microbatches: int
     cost: CostModel
     options: Options
+    choices: Choices | None = None
 
     def state(self) -> SystemState:
         """What a policy is handed; each state has its own simulator cache, so that no policy warms it for another."""
@@ -53,7 +61,7 @@ class Problem:
             workload=self.workload,
             cluster=self.cluster,
             layout=self.layout,
-            microbatches=self.options.microbatches,
+            microbatches=self.microbatches,
             seed=self.options.seed,
             evaluate=make_evaluate(self.cost, self.options.seed, self.options.draws),
         )
@@ -67,12 +75,26 @@ class Problem:
         return {
             "workload": self.workload.name,
             "cluster": self.cluster.name,
-            "layout": self.layout.name,
+            "layout": "searched" if self.options.search_layout else self.layout.name,
             "recompute": self.layout.recompute,
-            "microbatches": self.options.microbatches,
+            "microbatches": self.microbatches if self.choices is None else self._searched_counts(),
+            "layout_choices": None if self.choices is None else self._searched(),
             "seed": self.options.seed,
             "cost_model": cost_body(self.cost),
             "workload_digest": digest(self.workload),
+        }
+
+    def _searched_counts(self) -> list[int]:
+        assert self.choices is not None
+        return sorted({c.microbatches for c in self.choices.kept})
+
+    def _searched(self) -> dict[str, int]:
+        """How many layouts and counts every policy may pick from, and how many were left out."""
+        assert self.choices is not None
+        return {
+            "kept": len(self.choices.kept),
+            "pruned_shape": self.choices.pruned_shape,
+            "pruned_memory": self.choices.pruned_memory,
         }
 
 
@@ -89,9 +111,9 @@ def choose_layout(model: ModelSpec, cluster: Cluster, options: Options) -> Layou
         raise InputError(
             "--sequence-parallel with tp=1: there is nothing to cut over; give --tp 2 or more, or leave it out"
         )
-    if options.microbatches < dp:
+    if options.microbatches and max(options.microbatches) < dp:
         raise InputError(
-            f"--microbatches {options.microbatches} with dp={dp}: some replicas would have none; give at least {dp}"
+            f"--microbatches {max(options.microbatches)} with dp={dp}: some replicas would have none; give at least {dp}"
         )
     stages = pp if pp is not None else max(1, min(cluster.size // (tp * dp), model.layers))
     if tp * stages * dp > cluster.size:
@@ -110,16 +132,65 @@ def read_problem(workload: Path, cluster: str, options: Options) -> Problem:
         InputError: wrong file, name or option.
     """
     tasks, place = read_workload(workload), read_cluster(cluster)
+    choices = find_choices(tasks, place, options)
+    if choices is not None and choices.kept:
+        layout, microbatches = choices.kept[0].layout, choices.kept[0].microbatches
+    else:
+        layout, microbatches = choose_layout(tasks.model, place, options), (options.microbatches or (1,))[0]
     return Problem(
         workload=tasks,
         cluster=place,
-        layout=choose_layout(tasks.model, place, options),
+        layout=layout,
+        microbatches=microbatches,
         cost=load_cost(options.cost, place, options.allow_extrapolation),
         options=options,
+        choices=choices,
     )
+
+
+def find_choices(workload: Workload, cluster: Cluster, options: Options) -> Choices | None:
+    """What is searched; None where the options name one layout and one micro-batch count.
+
+    Raises:
+        InputError: --search-layout beside a degree, or wrong degrees.
+    """
+    counts = options.microbatches or microbatch_counts(workload)
+    if options.search_layout:
+        given = (("--tp", options.tp, 1), ("--pp", options.pp, None), ("--dp", options.dp, 1))
+        for name, value, default in given:
+            if value != default:
+                raise InputError(f"--search-layout with {name} {value}: the search chooses it; leave one of them out")
+        return layout_choices(workload, cluster, counts, options.sequence_parallel, options.recompute)
+    if len(options.microbatches) == 1:
+        return None
+    layout = choose_layout(workload.model, cluster, options)
+    kept = tuple(LayoutChoice(layout=layout, microbatches=c) for c in counts if c >= layout.dp)
+    return Choices(kept=kept, pruned_shape=len(counts) - len(kept), pruned_memory=0)
+
+
+def parse_microbatches(text: str) -> tuple[int, ...]:
+    """`4`, `2,4,8` or `auto` (an empty tuple).
+
+    Raises:
+        InputError: something else, or a number below 1.
+    """
+    if text == "auto":
+        return ()
+    pieces = text.split(",")
+    if not all(piece.isascii() and piece.isdigit() and int(piece) >= 1 for piece in pieces):
+        raise InputError(
+            f"--microbatches {text!r}: give a number, numbers separated by commas, or auto; each at least 1"
+        )
+    return tuple(dict.fromkeys(map(int, pieces)))
 
 
 def problem_text(body: dict[str, Any]) -> str:
     """One line that says what was asked."""
-    head = f"{body['workload']} on {body['cluster']}, {body['layout']}, {body['microbatches']} micro-batches"
+    counts = body["microbatches"]
+    number = ", ".join(map(str, counts)) if isinstance(counts, list) else counts
+    layout = "layout searched" if body["layout"] == "searched" else body["layout"]
+    head = f"{body['workload']} on {body['cluster']}, {layout}, {number} micro-batches"
+    if found := body["layout_choices"]:
+        left_out = f"{found['pruned_shape']} ruled out by shape, {found['pruned_memory']} by memory"
+        head += f" ({found['kept']} choices, {left_out})"
     return f"{head}, {cost_text(body['cost_model'])}"
