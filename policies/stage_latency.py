@@ -6,7 +6,7 @@ planner can price thousands of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -70,6 +70,19 @@ class Shape:
         return Batch(htask=0, rows=tuple(rows))
 
 
+@noun
+class AdapterFloor:
+    """What a task's adapters of one BaseOp and direction cost on each stage at least, in any hTask.
+
+    `shared_ns` is added to those of the other tasks, `alone_ns` is less than all together, and `once_ns` (host time that counts
+    as compute) is paid beside all `shared_ns`.
+    """
+
+    shared_ns: tuple[int, ...]
+    alone_ns: tuple[int, ...]
+    once_ns: tuple[int, ...]
+
+
 def thin_context(context: StageContext, layers: int) -> StageContext:
     """The same stage in a model where each stage has this many layers; all but a stage's first layer are alike."""
     return replace(context, layout=replace(context.layout, layers_per_stage=(layers,) * context.layout.pp))
@@ -85,6 +98,12 @@ def shard_link(cluster: Cluster, layout: Layout) -> Link | None:
     if layout.tp == 1:
         return None
     return slowest(cluster.slowest_link(layout.stage_peers(rank)) for rank in range(layout.ranks))
+
+
+def only(context: StageContext, tasks: Sequence[str]) -> StageContext:
+    """The stage with the adapters of some tasks alone: quicker to search."""
+    known = dict(context.adapters)
+    return replace(context, adapters=tuple((t, known[t]) for t in tasks))
 
 
 class StageLatency:
@@ -149,6 +168,32 @@ class StageLatency:
             self.sums[key] = sum(stream_ns(price, self.device) for _, price in priced)
         return self.sums[key]
 
+    def backbone_ns(self, rows: int, length: int) -> tuple[int, ...]:
+        """Forward and backward on each stage of whatever is no adapter: the least for any tasks with these rows."""
+        pairs = []
+        for lead in {self.first_target[t]: t for t in sorted(self.first_target)}.values():
+            ways = [self._frozen_ns(lead, rows * length, ((rows, length, length),), way) for way in DIRECTIONS]
+            pairs.append([f + b for f, b in zip(*ways, strict=True)])
+        return tuple(map(min, zip(*pairs, strict=True)))
+
+    def adapter_floors(self, task: str, tokens: int) -> dict[str, AdapterFloor]:
+        """Floors of a task's adapters on so many tokens, by BaseOp and direction; see `grouped` for how adapters share."""
+        found = {}
+        for direction in DIRECTIONS:
+            for (name, edge), (_, inner) in zip(*self._adapter_costs(task, tokens, direction), strict=True):
+                found[f"{direction} {name}"] = AdapterFloor(
+                    shared_ns=self._least(edge, inner, lambda c: round(c.utilisation * c.p50_ns)),
+                    alone_ns=self._least(edge, inner, lambda c: stream_ns(c, self.device)),
+                    once_ns=self._least(edge, inner, lambda c: stream_ns(c, self.device) - c.p50_ns),
+                )
+        return found
+
+    def _least(self, edge: Cost, inner: Cost, price: Callable[[Cost], int]) -> tuple[int, ...]:
+        """A part of the price on each stage: stage 0 has the cheaper first layer, whichever task comes first there."""
+        stages = [layers * price(inner) for layers in self.layout.layers_per_stage]
+        stages[0] += min(0, price(edge) - price(inner))
+        return tuple(stages)
+
     def _frozen_ns(self, lead: str, tokens: int, runs: Runs, direction: Direction) -> tuple[int, ...]:
         """Backbone, launches and collectives on each stage; `lead` adapts the hTask's earliest BaseOp."""
         key = (tokens, runs, self.first_target[lead], direction)
@@ -189,6 +234,7 @@ class StageLatency:
         return self.adapter[key]
 
     def _ops(self, context: StageContext, task: str, tokens: int, direction: Direction) -> Iterator[Op]:
+        context = only(context, (task,))
         yield from batch_ops(context, Batch(htask=0, rows=(planning_row(task, 0, tokens),)), direction, self.cost)
 
     def _attention(self, op: Op, rows: int, length: int, queries: int) -> Op:

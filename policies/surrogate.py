@@ -13,7 +13,7 @@ from typing import Protocol
 
 from muxtune.policies.base import SystemState
 from muxtune.policies.build import make_htask, mean_length, microbatch_samples, planning_chunks, stage_contexts
-from muxtune.policies.stage_latency import Direction, Shape, StageLatency
+from muxtune.policies.stage_latency import Direction, Shape, StageLatency, only
 from muxtune.sim.cost.base import CostModel
 from muxtune.spec.align import Alignment
 from muxtune.spec.clock import LaunchRule
@@ -21,6 +21,7 @@ from muxtune.spec.errors import ExtrapolationError, InfeasibleError
 from muxtune.spec.footprint import amount, rounded_bytes
 from muxtune.spec.memory import stage_static_bytes
 from muxtune.spec.noun import noun
+from muxtune.spec.task import Task
 from muxtune.spec.tensors import again_tensors, chunk_kv_tensors, held_tensors, working_bytes
 from muxtune.spec.units import format_bytes
 
@@ -75,6 +76,11 @@ def value_ns(objective: Objective, groups: Sequence[tuple[str, ...]]) -> int:
     return max(map(objective.warmup_ns, groups)) + sum(map(objective.steady_ns, groups))
 
 
+def task_type(task: Task) -> tuple[int, int, str, str]:
+    """What decides the price of a task in any hTask: tasks of one type are interchangeable."""
+    return task.billed_len_tokens, task.global_batch_samples, task.dataset, repr(task.peft)
+
+
 class Surrogate:
     """Latency and memory of candidate hTasks of one state; every answer is remembered.
 
@@ -107,8 +113,8 @@ class Surrogate:
         return self.state.layout.pp
 
     def sorted_tasks(self) -> tuple[str, ...]:
-        """Task ids by tokens per micro-batch, ascending (§3.3); ties by id."""
-        return tuple(sorted(self.tasks, key=lambda t: (self._tokens((t,)), t)))
+        """Task ids by tokens per micro-batch, ascending (§3.3); tasks of one type stand together; ties by id."""
+        return tuple(sorted(self.tasks, key=lambda t: (self._tokens((t,)), task_type(self.tasks[t]), t)))
 
     def _tokens(self, tasks: tuple[str, ...]) -> int:
         """Processed tokens of the largest micro-batch."""
@@ -165,14 +171,15 @@ class Surrogate:
 
     def _price(self, shape: Shape, longest_case: Shape, cut: bool) -> MicrobatchCost:
         batch, model, device = longest_case.token_batch(), self.state.workload.model, self.device
-        held = [amount(held_tensors(c, batch), device).taken_bytes for c in self.contexts]
-        kv = [amount(chunk_kv_tensors(c, batch) if cut else (), device).taken_bytes for c in self.contexts]
+        contexts = [only(c, [t for t, _, _ in longest_case.parts]) for c in self.contexts]
+        held = [amount(held_tensors(c, batch), device).taken_bytes for c in contexts]
+        kv = [amount(chunk_kv_tensors(c, batch) if cut else (), device).taken_bytes for c in contexts]
         return MicrobatchCost(
             forward_ns=self.latency.latency_ns(shape, "forward"),
             backward_ns=self.latency.latency_ns(shape, "backward"),
             held_bytes=tuple(map(sum, zip(held, kv, strict=True))),
-            again_bytes=tuple(amount(again_tensors(c, batch), device).taken_bytes for c in self.contexts),
-            working_bytes=tuple(rounded_bytes(working_bytes(c, batch), device) for c in self.contexts),
+            again_bytes=tuple(amount(again_tensors(c, batch), device).taken_bytes for c in contexts),
+            working_bytes=tuple(rounded_bytes(working_bytes(c, batch), device) for c in contexts),
             message_bytes=self.state.layout.shard_tokens(batch.tokens) * model.hidden * model.element_bytes,
         )
 

@@ -176,7 +176,13 @@ def unit_chunks(workload: Workload, htasks: Sequence[HTask], parts: Sequence[Par
 
 @noun
 class SolverRecord:
-    """What an exact or heuristic solver proved about its surrogate objective."""
+    """What an exact or heuristic solver proved about its surrogate objective.
+
+    `gap` is (value − bound) / value. `nodes` are branch-and-bound nodes, `columns` the candidate hTasks that were priced.
+    `dp_value_ns` and `greedy_value_ns` are what the contiguous DP (exact charge) and greedy merging reach on the same
+    objective. `simulated_ns` is the simulated iteration of the plan; `inversions` counts the pairs among this partition, the
+    DP's and greedy's that the simulator ranks otherwise than the objective. None where not computed.
+    """
 
     name: str
     status: str
@@ -185,6 +191,13 @@ class SolverRecord:
     value_ns: int | None = None
     evaluations: int = 0
     deterministic: bool = True
+    nodes: int = 0
+    columns: int = 0
+    seed: int | None = None
+    dp_value_ns: int | None = None
+    greedy_value_ns: int | None = None
+    simulated_ns: int | None = None
+    inversions: int | None = None
 
 
 @noun

@@ -101,11 +101,12 @@ def _tensors(elements: Iterable[int], element_bytes: int) -> Tensors:
 
 def _saved_inputs(context: StageContext, batch: Batch, target: str) -> Iterator[int]:
     """Elements saved for the adapters of one BaseOp: its input once, and each task's low-rank intermediate."""
-    found = [(s, end - start) for s, start, end in batch.segments() if target in context.peft(s).targets]
+    adapters = dict(context.adapters)
+    found = [(adapters[s], end - start) for s, start, end in batch.segments() if target in adapters[s].targets]
     if found:
         yield batch.tokens * shard(context.model, context.layout.tp, target)[0]
-    for task, tokens in found:
-        yield tokens * context.peft(task).operator()[1]
+    for peft, tokens in found:
+        yield tokens * peft.operator()[1]
 
 
 def _attention_held(context: StageContext, batch: Batch) -> Iterator[int]:

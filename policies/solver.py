@@ -1,0 +1,164 @@
+"""The one door of PuLP: linear and integer set partitioning on HiGHS, or on CBC where HiGHS is not there.
+
+min Σ_p c_p·x_p + Σ_j d_j·z_j with Σ_p p_k·x_p = n_k for each type k, x_p > 0 only if z_j = 1 for the level j of p, z falling.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Literal
+
+import pulp
+
+from muxtune.policies.columns import Pattern
+from muxtune.spec.noun import noun
+
+Backend = Literal["highs", "cbc"]
+SEED = 0
+#: A column that is used less than this in a linear optimum is not used.
+USED = 1e-6
+
+
+@noun
+class Levels:
+    """Steps d_j that are paid up to the highest level in use; `of` is each column's level, 0 for none."""
+
+    steps: tuple[int, ...] = ()
+    of: tuple[int, ...] = ()
+
+
+@noun
+class Answer:
+    """What a solver returned.
+
+    `proven`: `counts` (how often each column is used) is an optimum. Otherwise it is the best that was found within the
+    limits, or empty. `bound` is below every solution of these columns; None if the solver tells none.
+    """
+
+    proven: bool
+    counts: tuple[int, ...]
+    bound: int | None
+    nodes: int
+
+
+@cache
+def usual_backend() -> Backend:
+    """HiGHS if it solves a first model here, otherwise CBC. HiGHS prints its name when it starts: to standard error."""
+    problem, _ = _model([1], [(1,)], (1,), Levels(), integer=False)
+    try:
+        with _standard_output_to_error():
+            problem.solve(_solver("highs", {}))
+    except Exception:
+        return "cbc"
+    return "highs"
+
+
+@noun
+class Linear:
+    """The linear optimum: prices of the types, rounded down, and (column, how often) of those in use."""
+
+    prices: tuple[int, ...]
+    used: tuple[tuple[int, float], ...]
+
+
+def linear_partition(costs: Sequence[int], patterns: Sequence[Pattern], counts: Pattern, backend: Backend) -> Linear:
+    """Each column as often as pays, in fractions; the columns must be able to cover the counts."""
+    problem, columns = _model(costs, patterns, counts, Levels(), integer=False)
+    problem.solve(_solver(backend, {}))
+    return Linear(
+        prices=tuple(math.floor(c.pi) for c in problem.constraints()[: len(counts)]),
+        used=tuple((i, x.varValue) for i, x in enumerate(columns) if x.varValue > USED),
+    )
+
+
+def best_partition(
+    costs: Sequence[int],
+    patterns: Sequence[Pattern],
+    counts: Pattern,
+    levels: Levels,
+    backend: Backend,
+    most_nodes: int,
+    seconds: float | None = None,
+) -> Answer:
+    """The integer optimum; a wall-clock limit makes the answer depend on the machine's speed."""
+    problem, columns = _model(costs, patterns, counts, levels, integer=True)
+    _run(problem, _solver(backend, {"nodes": most_nodes, "seconds": seconds}))
+    if problem.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
+        return Answer(proven=False, counts=(), bound=None, nodes=0)
+    used = tuple(round(x.varValue or 0) for x in columns)
+    covers = all(sum(p[k] * n for p, n in zip(patterns, used, strict=True)) == count for k, count in enumerate(counts))
+    proven = problem.sol_status == pulp.LpSolutionOptimal and covers
+    bound, nodes = _told(problem) if backend == "highs" else (None, 0)
+    return Answer(proven=proven, counts=used if covers else (), bound=bound, nodes=nodes)
+
+
+def _model(
+    costs: Sequence[int], patterns: Sequence[Pattern], counts: Pattern, levels: Levels, integer: bool
+) -> tuple[Any, list[Any]]:
+    problem = pulp.LpProblem("partition", pulp.LpMinimize)
+    kind = pulp.LpInteger if integer else pulp.LpContinuous
+    columns = [
+        problem.add_variable(f"x{i}", 0, _most(p, counts) if integer else None, kind) for i, p in enumerate(patterns)
+    ]
+    steps = [problem.add_variable(f"z{j}", 0, 1, kind) for j in range(len(levels.steps))]
+    problem += pulp.LpAffineExpression([*zip(columns, costs, strict=True), *zip(steps, levels.steps, strict=True)])
+    for k, count in enumerate(counts):
+        row = pulp.LpAffineExpression([(x, p[k]) for x, p in zip(columns, patterns, strict=True) if p[k]])
+        problem += (row == count, f"type{k}")
+    for j in range(1, len(steps)):
+        problem += (steps[j] <= steps[j - 1], f"level{j}")
+    for i, level in enumerate(levels.of):
+        if level:
+            problem += (columns[i] <= _most(patterns[i], counts) * steps[level - 1], f"uses{i}")
+    return problem, columns
+
+
+def _most(pattern: Pattern, counts: Pattern) -> int:
+    """How often a pattern can be used at most."""
+    return min(count // n for n, count in zip(pattern, counts, strict=True) if n)
+
+
+def _solver(backend: Backend, limits: dict[str, Any]) -> Any:
+    """A solver of one thread and fixed seed. Objectives are integers, so that an absolute gap below 1 proves an optimum."""
+    nodes, seconds = limits.get("nodes"), limits.get("seconds")
+    if backend == "highs":
+        options: dict[str, Any] = {"random_seed": SEED, "parallel": "off"}
+        if nodes is not None:
+            options["mip_max_nodes"] = nodes
+        return pulp.HiGHS(msg=False, threads=1, gapRel=0, gapAbs=0.5, timeLimit=seconds, **options)
+    return pulp.PULP_CBC_CMD(
+        msg=False, threads=1, gapRel=0, gapAbs=0.5, timeLimit=seconds, maxNodes=nodes, options=[f"randomSeed {SEED}"]
+    )
+
+
+def _run(problem: Any, solver: Any) -> None:
+    """Solve. PuLP 3.3.2 has no name for HiGHS's status at its node limit and raises KeyError after it read the values."""
+    try:
+        problem.solve(solver)
+    except KeyError:
+        problem.sol_status = pulp.LpSolutionIntegerFeasible
+
+
+def _told(problem: Any) -> tuple[int | None, int]:
+    """(dual bound rounded up, nodes) of a HiGHS run."""
+    told = problem.solverModel.getInfo()
+    bound = told.mip_dual_bound
+    return (math.ceil(bound - 1e-3) if math.isfinite(bound) else None), max(0, int(told.mip_node_count))
+
+
+@contextmanager
+def _standard_output_to_error() -> Iterator[None]:
+    """What C code writes on file descriptor 1 goes to 2."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
