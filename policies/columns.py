@@ -7,10 +7,10 @@ Tasks of one type (same PEFT spec, billed length, batch and data set) are interc
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import product
+from itertools import groupby, product
 from math import prod
 
-from muxtune.policies.surrogate import Objective, Partition
+from muxtune.policies.surrogate import Objective, Partition, Surrogate, task_type
 from muxtune.spec.noun import noun
 
 Pattern = tuple[int, ...]
@@ -76,6 +76,12 @@ class Columns:
         left = [iter(members) for members in self.types]
         ordered = sorted(columns, key=lambda c: (c.warmup_ns + c.steady_ns, tuple(-n for n in c.pattern)))
         return tuple(tuple(next(left[k]) for k, n in enumerate(c.pattern) for _ in range(n)) for c in ordered)
+
+
+def columns_of(surrogate: Surrogate) -> Columns:
+    """Columns over the task types of a state, in the order of its sorted tasks."""
+    kinds = groupby(surrogate.sorted_tasks(), key=lambda t: task_type(surrogate.tasks[t]))
+    return Columns(surrogate, [tuple(members) for _, members in kinds])
 
 
 def total_ns(columns: Sequence[Column]) -> int:

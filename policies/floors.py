@@ -91,8 +91,11 @@ class Floors:
         rows = sum(self.rows[k] * self.counts[k] for k in adapters)
         backbone = self._backbone(length, max(self._rows_that_fit(k, length, rows) for k in adapters))
         forms = _forms(adapters)
+        if len(forms) == 1:
+            yield self._floor(length, adapters, backbone, forms, list(adapters.values()))
+            return
         sizes = {k: sum(sum(x.alone_ns) for x in a.values()) for k, a in adapters.items()}
-        for size in sorted(set(sizes.values())) if len(forms) > 1 else [max(sizes.values())]:
+        for size in sorted(set(sizes.values())):
             below = {k: a for k, a in adapters.items() if sizes[k] <= size}
             largest = [a for k, a in adapters.items() if sizes[k] == size]
             yield self._floor(length, below, backbone, forms, largest)

@@ -59,10 +59,10 @@ class Pricer(Protocol):
 
 
 class Listed:
-    """All columns, listed."""
+    """Some columns, listed: all there are, or those that are to be considered."""
 
-    def __init__(self, columns: Columns) -> None:
-        self.columns, self.listing = columns, columns.every()
+    def __init__(self, listing: Sequence[Column]) -> None:
+        self.listing = sorted(listing, key=lambda c: c.pattern)
 
     def best(self, prices: Sequence[int], warmup_ns: int, counts: Pattern) -> tuple[list[Column], int]:
         """The columns of lowest reduced cost, exactly."""
@@ -78,7 +78,7 @@ class Listed:
 
     def least_warmup_ns(self) -> int:
         """The largest, over types, of the least warm-up of a column with the type."""
-        kinds = range(len(self.columns.counts))
+        kinds = range(len(self.listing[0].pattern))
         return max(min(c.warmup_ns for c in self.listing if c.pattern[k]) for k in kinds)
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal, get_args
 
+from muxtune.policies.arrange import arrange
 from muxtune.policies.base import Policy, SystemState
-from muxtune.policies.build import make_instance, make_plan, require_alignment, require_feasible
+from muxtune.policies.build import make_plan, require_alignment, require_feasible
 from muxtune.policies.fusion import exact_partition, paper_partition
-from muxtune.policies.launches import launch_lists
 from muxtune.policies.surrogate import Partition, Surrogate, value_ns
-from muxtune.policies.template import schedule
 from muxtune.spec.align import Alignment
 from muxtune.spec.clock import LaunchRule, Priority, Ties
 from muxtune.spec.noun import noun
-from muxtune.spec.plan import Bucket, Instance, Plan, SolverRecord
+from muxtune.spec.plan import Plan, SolverRecord
 
 Charge = Literal["paper", "exact"]
 
@@ -69,7 +67,7 @@ class MuxTune(Policy):
         name, status = fused if self.config.fusion else ("no-fusion", "nothing to solve")
         value = value_ns(surrogate, groups)
         solver = SolverRecord(name=name, status=status, value_ns=value, evaluations=surrogate.priced)
-        instance = self._arrange(state, surrogate, groups)
+        instance = arrange(surrogate, groups, orchestration=self.config.orchestration)
         return require_feasible(make_plan(self, "muxtune", state, [instance], solver))
 
     def _fuse(self, surrogate: Surrogate) -> Partition:
@@ -77,22 +75,3 @@ class MuxTune(Policy):
         if not self.config.fusion:
             return tuple((t,) for t in order)
         return exact_partition(surrogate, order) if self.config.charge == "exact" else paper_partition(surrogate, order)
-
-    def _arrange(self, state: SystemState, surrogate: Surrogate, groups: Partition) -> Instance:
-        if not self.config.orchestration:
-            return make_instance(
-                state, "shared", groups, [[h] for h in range(len(groups))], self.config.alignment, self.config.chunk
-            )
-        found = schedule(surrogate, groups)
-        instance = make_instance(state, "shared", groups, found.buckets, self.config.alignment, self.config.chunk)
-        buckets = tuple(self._launched(surrogate, groups, b) for b in instance.buckets)
-        return replace(instance, buckets=buckets, order="explicit", orders=found.template.orders)
-
-    @staticmethod
-    def _launched(surrogate: Surrogate, groups: Partition, bucket: Bucket) -> Bucket:
-        """The bucket with its launch lists, where an order inside the clock makes a difference."""
-        if len(bucket.htasks) == 1 or not surrogate.overlaps:
-            return bucket
-        return replace(
-            bucket, launches=tuple(launch_lists(surrogate, bucket.htasks, [groups[h] for h in bucket.htasks]))
-        )

@@ -131,8 +131,17 @@ def _solver(backend: Backend, limits: dict[str, Any]) -> Any:
         if nodes is not None:
             options["mip_max_nodes"] = nodes
         return pulp.HiGHS(msg=False, threads=1, gapRel=0, gapAbs=0.5, timeLimit=seconds, **options)
-    return pulp.PULP_CBC_CMD(
-        msg=False, threads=1, gapRel=0, gapAbs=0.5, timeLimit=seconds, maxNodes=nodes, options=[f"randomSeed {SEED}"]
+    # PuLP up to 3 brings a CBC of its own; later ones find the system's.
+    path = getattr(getattr(pulp, "PULP_CBC_CMD", None), "pulp_cbc_path", None)
+    return pulp.COIN_CMD(
+        path=path,
+        msg=False,
+        threads=1,
+        gapRel=0,
+        gapAbs=0.5,
+        timeLimit=seconds,
+        maxNodes=nodes,
+        options=[f"randomSeed {SEED}"],
     )
 
 

@@ -1,0 +1,29 @@
+"""From hTasks to an instance: buckets (Eq. 7), the eager template (§3.4.1) and launch lists (Algorithm 1)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from muxtune.policies.build import make_instance
+from muxtune.policies.launches import launch_lists
+from muxtune.policies.surrogate import Partition, Surrogate
+from muxtune.policies.template import schedule
+from muxtune.spec.plan import Bucket, Instance
+
+
+def arrange(surrogate: Surrogate, groups: Partition, *, orchestration: bool) -> Instance:
+    """The shared instance of some hTasks; without orchestration one bucket an hTask, in their order, plain 1F1B."""
+    state, alignment, chunk = surrogate.state, surrogate.alignment, surrogate.chunk_tokens
+    if not orchestration:
+        return make_instance(state, "shared", groups, [[h] for h in range(len(groups))], alignment, chunk)
+    found = schedule(surrogate, groups)
+    instance = make_instance(state, "shared", groups, found.buckets, alignment, chunk)
+    buckets = tuple(_launched(surrogate, groups, b) for b in instance.buckets)
+    return replace(instance, buckets=buckets, order="explicit", orders=found.template.orders)
+
+
+def _launched(surrogate: Surrogate, groups: Partition, bucket: Bucket) -> Bucket:
+    """The bucket with its launch lists, where an order inside the clock makes a difference."""
+    if len(bucket.htasks) == 1 or not surrogate.overlaps:
+        return bucket
+    return replace(bucket, launches=tuple(launch_lists(surrogate, bucket.htasks, [groups[h] for h in bucket.htasks])))
