@@ -11,15 +11,18 @@ from muxtune.policies.template import schedule
 from muxtune.spec.plan import Bucket, Instance
 
 
-def arrange(surrogate: Surrogate, groups: Partition, *, orchestration: bool) -> Instance:
-    """The shared instance of some hTasks; without orchestration one bucket an hTask, in their order, plain 1F1B."""
+def arrange(surrogate: Surrogate, groups: Partition, *, orchestration: bool) -> tuple[Instance, float | None]:
+    """(the shared instance of some hTasks, gap of the balance of its buckets).
+
+    Without orchestration one bucket an hTask, in their order, plain 1F1B.
+    """
     state, alignment, chunk = surrogate.state, surrogate.alignment, surrogate.chunk_tokens
     if not orchestration:
-        return make_instance(state, "shared", groups, [[h] for h in range(len(groups))], alignment, chunk)
+        return make_instance(state, "shared", groups, [[h] for h in range(len(groups))], alignment, chunk), None
     found = schedule(surrogate, groups)
     instance = make_instance(state, "shared", groups, found.buckets, alignment, chunk)
     buckets = tuple(_launched(surrogate, groups, b) for b in instance.buckets)
-    return replace(instance, buckets=buckets, order="explicit", orders=found.template.orders)
+    return replace(instance, buckets=buckets, order="explicit", orders=found.template.orders), found.balance_gap
 
 
 def _launched(surrogate: Surrogate, groups: Partition, bucket: Bucket) -> Bucket:

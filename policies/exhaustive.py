@@ -54,6 +54,7 @@ class Exhaustive(Policy):
         columns = columns_of(surrogate)
         best, listed = best_of_all(columns)
         value = total_ns(best)
+        instance, gap = arrange(surrogate, columns.groups(best), orchestration=self.config.orchestration)
         solver = SolverRecord(
             name="listing",
             status="optimal",
@@ -62,8 +63,8 @@ class Exhaustive(Policy):
             value_ns=value,
             evaluations=listed,
             columns=len(columns.found),
+            balance_gap=gap,
         )
-        instance = arrange(surrogate, columns.groups(best), orchestration=self.config.orchestration)
         return require_feasible(make_plan(self, "exhaustive", state, [instance], solver))
 
 

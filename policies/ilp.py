@@ -13,7 +13,7 @@ from itertools import combinations
 from typing import Literal, get_args
 
 from muxtune.policies.arrange import arrange
-from muxtune.policies.base import Policy, SystemState
+from muxtune.policies.base import Evaluate, Policy, SystemState
 from muxtune.policies.build import make_plan, require_alignment, require_feasible
 from muxtune.policies.columns import Column, Columns, Priced, columns_of, total_ns
 from muxtune.policies.fusion import exact_partition, greedy_partition
@@ -23,7 +23,7 @@ from muxtune.policies.solver import SEED, Backend, usual_backend
 from muxtune.policies.surrogate import Surrogate
 from muxtune.policies.thresholds import close
 from muxtune.spec.align import Alignment
-from muxtune.spec.errors import InfeasibleError
+from muxtune.spec.check import check
 from muxtune.spec.noun import noun
 from muxtune.spec.plan import Plan, SolverRecord
 
@@ -104,31 +104,29 @@ class Ilp(Policy):
             dp_value_ns=total_ns(starts["dp"]) if "dp" in starts else None,
             greedy_value_ns=total_ns(starts["greedy"]),
         )
-        partitions = {"ilp": tuple(master.best), **starts}
-        plans = {name: self._plan(surrogate, columns, p, record) for name, p in partitions.items() if name != "alone"}
-        return self._judged(state, {n: (total_ns(partitions[n]), p) for n, p in plans.items()})
-
-    def _plan(self, surrogate: Surrogate, columns: Columns, partition: Sequence[Column], record: SolverRecord) -> Plan:
-        instance = arrange(surrogate, columns.groups(partition), orchestration=self.config.orchestration)
-        return make_plan(self, "ilp", surrogate.state, [instance], record)
-
-    @staticmethod
-    def _judged(state: SystemState, plans: dict[str, tuple[int, Plan]]) -> Plan:
-        """The plan of `ilp`, with its simulated value and the inversions among all if the state has a simulator."""
-        plan = require_feasible(plans["ilp"][1])
+        plan = require_feasible(self._plan(surrogate, columns, master.best, record))
         if state.evaluate is None:
             return plan
-        simulated: dict[str, tuple[int, int]] = {}
-        for name, (value_ns, candidate) in plans.items():
-            try:
-                simulated[name] = value_ns, state.evaluate(require_feasible(candidate)).iteration_ns
-            except InfeasibleError:
-                continue
-        pairs = combinations(simulated.values(), 2)
-        inversions = sum((a[0] - b[0]) * (a[1] - b[1]) < 0 for a, b in pairs)
-        assert plan.made_by.solver is not None
-        record = replace(plan.made_by.solver, simulated_ns=simulated["ilp"][1], inversions=inversions)
-        return replace(plan, made_by=replace(plan.made_by, solver=record))
+        others = [(total_ns(p), self._plan(surrogate, columns, p, record)) for n, p in starts.items() if n != "alone"]
+        return _judged(state.evaluate, plan, others)
+
+    def _plan(self, surrogate: Surrogate, columns: Columns, partition: Sequence[Column], record: SolverRecord) -> Plan:
+        instance, gap = arrange(surrogate, columns.groups(partition), orchestration=self.config.orchestration)
+        return make_plan(self, "ilp", surrogate.state, [instance], replace(record, balance_gap=gap))
+
+
+def _judged(evaluate: Evaluate, plan: Plan, others: Sequence[tuple[int, Plan]]) -> Plan:
+    """The plan with its simulated value and the inversions among it and others, which are (value, plan)."""
+    record = plan.made_by.solver
+    assert record is not None
+    assert record.value_ns is not None
+    simulated = [(record.value_ns, evaluate(plan).iteration_ns)]
+    for value_ns, other in others:
+        if not check(other):
+            simulated.append((value_ns, evaluate(other).iteration_ns))
+    inversions = sum((a[0] - b[0]) * (a[1] - b[1]) < 0 for a, b in combinations(simulated, 2))
+    record = replace(record, simulated_ns=simulated[0][1], inversions=inversions)
+    return replace(plan, made_by=replace(plan.made_by, solver=record))
 
 
 def starting_partitions(columns: Columns) -> dict[str, tuple[Column, ...]]:

@@ -66,8 +66,8 @@ class MuxTune(Policy):
         fused = ("contiguous-dp", f"exact for its recurrence (charge {self.config.charge})")
         name, status = fused if self.config.fusion else ("no-fusion", "nothing to solve")
         value = value_ns(surrogate, groups)
-        solver = SolverRecord(name=name, status=status, value_ns=value, evaluations=surrogate.priced)
-        instance = arrange(surrogate, groups, orchestration=self.config.orchestration)
+        instance, gap = arrange(surrogate, groups, orchestration=self.config.orchestration)
+        solver = SolverRecord(name=name, status=status, value_ns=value, evaluations=surrogate.priced, balance_gap=gap)
         return require_feasible(make_plan(self, "muxtune", state, [instance], solver))
 
     def _fuse(self, surrogate: Surrogate) -> Partition:

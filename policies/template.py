@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import product
 
+from muxtune.policies.balance import Buckets, balance, balance_gap
 from muxtune.policies.launches import unit_ns
 from muxtune.policies.stage_latency import DIRECTIONS
 from muxtune.policies.surrogate import Partition, Surrogate
@@ -13,52 +13,17 @@ from muxtune.spec.noun import noun
 from muxtune.spec.order import ChunkKey, Template, eager
 from muxtune.spec.plan import StageOrder
 
-Buckets = tuple[tuple[int, ...], ...]
-
 
 @noun
 class Schedule:
-    """hTask indices of each bucket, buckets in launch order, and the template that runs them."""
+    """hTask indices of each bucket, buckets in launch order, and the template that runs them.
+
+    `balance_gap` is how far Eq. 7 may be from its optimum (see `balance_gap`).
+    """
 
     buckets: Buckets
     template: Template
-
-
-def balance(loads: Sequence[int], parts: int) -> Buckets:
-    """Eq. 7: partition items into `parts` non-empty buckets with a small squared deviation of bucket loads.
-
-    Longest processing time first, then the best move or swap between two buckets until none lowers the deviation. Each
-    bucket lists its items in ascending order; equal input gives equal output. `parts` must not exceed the items.
-    """
-    buckets: list[list[int]] = [[] for _ in range(parts)]
-    sums = [0] * parts
-    for item in sorted(range(len(loads)), key=lambda i: (-loads[i], i)):
-        # An empty bucket is filled first, so that zero loads leave none empty.
-        target = min(range(parts), key=lambda b: (bool(buckets[b]), sums[b], b))
-        buckets[target].append(item)
-        sums[target] += loads[item]
-    while (step := _best_exchange(loads, buckets, sums)) is not None:
-        _, source, target, given, taken = step
-        for bucket, out, into in ((source, given, taken), (target, taken, given)):
-            buckets[bucket] = [i for i in buckets[bucket] if i != out] + ([into] if into is not None else [])
-            sums[bucket] = sum(loads[i] for i in buckets[bucket])
-    return tuple(tuple(sorted(b)) for b in buckets)
-
-
-def _best_exchange(
-    loads: Sequence[int], buckets: Sequence[Sequence[int]], sums: Sequence[int]
-) -> tuple[int, int, int, int, int | None] | None:
-    """(change of Σ sums², from, to, item given, item taken or None) of the best exchange; None if none improves."""
-    choices = []
-    for source, target in product(range(len(buckets)), repeat=2):
-        gap = sums[source] - sums[target]
-        if gap <= 0:
-            continue
-        for given, taken in product(buckets[source], (None, *buckets[target])):
-            moved = loads[given] - (0 if taken is None else loads[taken])
-            if 0 < moved < gap:
-                choices.append((2 * moved * (moved - gap), source, target, given, taken))
-    return min(choices, key=lambda c: c[:4]) if choices else None
+    balance_gap: float
 
 
 def schedule(surrogate: Surrogate, groups: Partition) -> Schedule:
@@ -73,7 +38,8 @@ def schedule(surrogate: Surrogate, groups: Partition) -> Schedule:
         buckets = tuple(sorted(packed, key=lambda b: (-sum(loads[h] for h in b), b)))
         template = eager_template(surrogate, groups, buckets)
         if template is not None:
-            found.append(Schedule(buckets=buckets, template=template))
+            gap = balance_gap(loads, packed)
+            found.append(Schedule(buckets=buckets, template=template, balance_gap=gap))
     assert found, "one bucket an hTask fits, because every hTask does"
     return min(found, key=lambda s: s.template.makespan_ns)
 

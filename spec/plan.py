@@ -181,7 +181,8 @@ class SolverRecord:
     `gap` is (value − bound) / value. `nodes` are branch-and-bound nodes, `columns` the candidate hTasks that were priced.
     `dp_value_ns` and `greedy_value_ns` are what the contiguous DP (exact charge) and greedy merging reach on the same
     objective. `simulated_ns` is the simulated iteration of the plan; `inversions` counts the pairs among this partition, the
-    DP's and greedy's that the simulator ranks otherwise than the objective. None where not computed.
+    DP's and greedy's that the simulator ranks otherwise than the objective. `balance_gap` bounds how far the buckets are from
+    the optimum of Eq. 7. None where not computed.
     """
 
     name: str
@@ -198,6 +199,7 @@ class SolverRecord:
     greedy_value_ns: int | None = None
     simulated_ns: int | None = None
     inversions: int | None = None
+    balance_gap: float | None = None
 
 
 @noun

@@ -19,7 +19,7 @@ HELPERS = frozenset(
     {
         *("__init__", "base", "build", "fusion", "launches", "stage_latency", "surrogate", "template"),
         *("candidates", "choices", "moves", "packing"),
-        *("arrange", "columns", "diving", "floors", "knapsack", "master", "solver", "thresholds"),
+        *("arrange", "balance", "columns", "diving", "floors", "knapsack", "master", "solver", "thresholds"),
     }
 )
 

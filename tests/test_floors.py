@@ -157,7 +157,11 @@ def test_the_walk_sees_the_house() -> None:
         ("policies/x.py", "from muxtune.sim.cost.roofline import Roofline", "which is not below it"),
         ("policies/x.py", "from muxtune.sim import simulate", "which is not below it"),
         ("policies/x.py", "import scipy", "policies/x.py:2: imports scipy, which its floor does not have"),
-        ("policies/x.py", "from pulp import LpProblem", "policies/x.py:2: imports pulp, whose one door is policies/solver.py"),
+        (
+            "policies/x.py",
+            "from pulp import LpProblem",
+            "policies/x.py:2: imports pulp, whose one door is policies/solver.py",
+        ),
         ("kernels/x.py", "from muxtune.spec.align import Batch", "which is not below it"),
         ("executor/x.py", "from megatron.core import parallel_state", "whose one door is executor/megatron.py"),
         ("executor/x.py", "import pandas", "which its floor does not have"),

@@ -8,8 +8,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from muxtune.policies.balance import EXACT_ITEMS, balance, balance_gap
 from muxtune.policies.surrogate import Surrogate
-from muxtune.policies.template import balance, eager_template, schedule
+from muxtune.policies.template import eager_template, schedule
 
 
 def partitions(items: list[int], parts: int) -> Iterator[list[list[int]]]:
@@ -47,15 +48,26 @@ def test_balance_fills_every_bucket_with_zero_loads() -> None:
     assert balance([0, 0, 0], 3) == ((0,), (1,), (2,))
 
 
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=7), st.data())
-def test_balance_is_a_partition_near_the_best(loads: list[int], data: st.DataObject) -> None:
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=EXACT_ITEMS), st.data())
+def test_balance_is_the_best_partition_of_few(loads: list[int], data: st.DataObject) -> None:
     parts = data.draw(st.integers(1, len(loads)))
     found = balance(loads, parts)
     assert len(found) == parts
     assert all(found)
     assert sorted(i for b in found for i in b) == list(range(len(loads)))
+    assert squares(loads, found) == min(squares(loads, p) for p in partitions(list(range(len(loads))), parts))
+    assert balance_gap(loads, found) == 0
+
+
+@given(st.lists(st.integers(0, 30), min_size=EXACT_ITEMS + 1, max_size=EXACT_ITEMS + 1), st.data())
+def test_balance_of_more_is_near_the_best_and_says_how_near(loads: list[int], data: st.DataObject) -> None:
+    parts = data.draw(st.sampled_from([1, 2, 7, 8, 9]))
+    found = balance(loads, parts)
+    assert len(found) == parts
+    assert all(found)
+    assert sorted(i for b in found for i in b) == list(range(len(loads)))
     best = min(squares(loads, p) for p in partitions(list(range(len(loads))), parts))
-    assert best <= squares(loads, found)
+    assert best <= squares(loads, found) <= (1 + balance_gap(loads, found)) * best * (1 + 1e-12)
     sums = [sum(loads[i] for i in b) for b in found]
     for b, bucket in enumerate(found):
         assert not any(0 < loads[i] < sums[b] - other for i in bucket for other in sums), "a move would improve"
