@@ -102,7 +102,7 @@ class Floors:
 
     def _adapters(self, length: int) -> dict[int, Adapters]:
         """Adapter floors by type; types that the cost model does not answer for at this length are left out."""
-        found = {}
+        found: dict[int, Adapters] = {}
         for k, lead in enumerate(self.leads):
             if self.billed[k] <= length:
                 try:
@@ -154,12 +154,14 @@ class Floors:
     def _shared(self, adapters: Adapters, form: frozenset[str]) -> Ints:
         """What a type adds on each stage in the groups that share."""
         found = [x.shared_ns for group, x in adapters.items() if group in form]
-        return np.array(found, dtype=np.int64).reshape(-1, self.surrogate.stages).sum(axis=0)
+        sums: Ints = np.array(found, dtype=np.int64).reshape(-1, self.surrogate.stages).sum(axis=0)
+        return sums
 
     def _once(self, largest: list[Adapters], form: frozenset[str]) -> Ints:
         """On each stage the least of `once` where a group shares and `alone` where it does not."""
         sums = [[x.once_ns if g in form else x.alone_ns for g, x in a.items()] for a in largest]
-        return np.array([np.sum(x, axis=0) for x in sums], dtype=np.int64).min(axis=0)
+        least: Ints = np.array([np.sum(x, axis=0) for x in sums], dtype=np.int64).min(axis=0)
+        return least
 
     def _rows_that_fit(self, k: int, length: int, most: int) -> int:
         """Most rows that fit in memory if all are of type k: memory grows with rows."""

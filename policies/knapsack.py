@@ -182,4 +182,5 @@ def knapsack(values: Ints, weights: Sequence[int], counts: Sequence[int], most: 
 def _least_first_ns(floor: Floor) -> Ints:
     """Warm-up and drain at least, by rows."""
     least = -knapsack(-floor.first_adapters_ns[:, None], floor.rows, floor.counts, floor.most)[-1][0]
-    return np.minimum(floor.first_ns + np.maximum(least, floor.first_least_ns), NEVER)
+    first: Ints = np.minimum(floor.first_ns + np.maximum(least, floor.first_least_ns), NEVER)
+    return first

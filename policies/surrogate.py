@@ -105,6 +105,7 @@ class Surrogate:
         everyone = tuple(self.tasks)
         self.static_bytes = tuple(stage_static_bytes(c, everyone, self.device) for c in self.contexts)
         self.microbatches: dict[tuple[tuple[str, ...], int, int], MicrobatchCost] = {}
+        self.admitted: dict[tuple[str, ...], bool] = {}
         self.cut: dict[tuple[tuple[str, ...], int], tuple[Shape, ...]] = {}
 
     @property
@@ -244,10 +245,13 @@ class Surrogate:
 
     def admits(self, tasks: tuple[str, ...]) -> bool:
         """Whether the group fits in memory alone and lies where the cost model answers."""
-        try:
-            return all(self.peak_bytes(tasks, s) <= self.memory_bytes for s in range(self.stages))
-        except ExtrapolationError:
-            return False
+        if tasks not in self.admitted:
+            try:
+                fits = all(self.peak_bytes(tasks, s) <= self.memory_bytes for s in range(self.stages))
+            except ExtrapolationError:
+                fits = False
+            self.admitted[tasks] = fits
+        return self.admitted[tasks]
 
     @property
     def memory_bytes(self) -> int:

@@ -24,7 +24,7 @@ from muxtune.policies.surrogate import Surrogate, value_ns
 from muxtune.policies.thresholds import close
 from muxtune.sim.cost.roofline import Roofline
 from muxtune.spec.errors import InfeasibleError, InputError, NoAnswerError
-from muxtune.spec.plan import Plan, SolverRecord
+from muxtune.spec.plan import Plan
 from muxtune.spec.task import Workload
 
 TARGETS = (("qkv", "proj", "fc1", "fc2"), ("proj", "fc2"))
@@ -184,7 +184,8 @@ def test_equals_the_count_vector_dp(cluster: str, tasks: int, tiny_state: Any, t
         assert master.value_ns == bound_ns == by_count_vectors(columns)
 
 
-def record(reference: str, state: SystemState) -> SolverRecord:
+def record(reference: str, state: SystemState) -> Any:
+    """The solver record of a policy's plan; its optional figures are held against each other."""
     found = make_policy(reference, Roofline()).plan(state).made_by.solver
     assert found is not None
     return found
