@@ -18,18 +18,30 @@ from muxtune.spec.units import format_bytes
 
 def check(plan: Plan, seed: int = 0) -> tuple[str, ...]:
     """All problems of a plan, worst kind first: structure, then (if that is sound) order, channels and memory of its Program."""
-    problems = [*_tasks(plan), *(p for i in plan.instances for p in _instance(plan, i))]
+    problems = [*_tasks(plan), *_names(plan), *(p for i in plan.instances for p in _instance(plan, i))]
     if problems:
         return tuple(problems)
     bound = bind(plan, seed=seed, steps=math.lcm(*(i.steps for i in plan.instances)))
     return (*check_program(bound.program), *check_memory(bound))
 
 
-def require_valid(plan: Plan, seed: int = 0) -> None:
-    """Raise PlanError with every problem of the plan."""
+def require_valid(plan: Plan, seed: int = 0, source: str = "") -> None:
+    """Raise PlanError with every problem of the plan; `source`, the file that it was read from, stands before them."""
     problems = check(plan, seed)
     if problems:
-        raise PlanError("; ".join(problems))
+        raise PlanError((f"{source}: " if source else "") + "; ".join(problems))
+
+
+def _names(plan: Plan) -> Iterator[str]:
+    """Instances have names of their own and something to do."""
+    if not plan.instances:
+        yield "the plan has no instances: give it at least one"
+    for name, count in Counter(i.name for i in plan.instances).items():
+        if count > 1:
+            yield f"{count} instances are named {name!r}: give each a name of its own"
+    for instance in plan.instances:
+        if not instance.tasks:
+            yield f"instance {instance.name} has no tasks: give it some or leave it out"
 
 
 def _tasks(plan: Plan) -> Iterator[str]:
@@ -120,6 +132,12 @@ def _chunks(plan: Plan, instance: Instance) -> Iterator[str]:
 def _launches(instance: Instance) -> Iterator[str]:
     """Launch lists hold every subgraph of every hTask once, each hTask's own in serial order, collectives on comm."""
     for b, bucket in enumerate(instance.buckets):
+        for (stage, direction), count in Counter((x.stage, x.direction) for x in bucket.launches).items():
+            if count > 1:
+                yield (
+                    f"instance {instance.name}: bucket {b} has {count} launch lists for stage {stage}, {direction}: "
+                    "leave one"
+                )
         for listing in bucket.launches:
             place = f"instance {instance.name}: launch list of bucket {b}, stage {listing.stage}, {listing.direction}"
             subgraphs = stage_subgraphs(instance.layout, listing.stage, listing.direction)

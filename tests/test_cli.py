@@ -369,6 +369,8 @@ def test_policies_split_at_commas_but_not_inside_options():
     assert split_policies("") == ()
     with pytest.raises(InputError, match="follows no policy"):
         split_policies("a,k=1")
+    with pytest.raises(InputError, match=r"--policies ,: names no policy"):
+        split_policies(",")
 
 
 def test_pipeline_depths():

@@ -77,6 +77,10 @@ class TestTasks:
         smaller = replace(plan, workload=replace(plan.workload, tasks=plan.workload.tasks[:1]))
         assert "task t1 is placed but not in the workload" in check(smaller)
 
+    def test_the_file_is_named(self, plan: Plan) -> None:
+        with pytest.raises(PlanError, match=r"^mine\.json: instance .*microbatches=0"):
+            require_valid(changed(plan, microbatches=0), source="mine.json")
+
     def test_all_problems_in_one_error(self, plan: Plan) -> None:
         with pytest.raises(PlanError, match=r"task t0 is placed 2 times.*; task t1 is placed 2 times"):
             require_valid(replace(plan, instances=plan.instances * 2))
@@ -153,6 +157,17 @@ class TestDevices:
         assert [p for p in check(changed(wide, order="explicit", orders=short)) if "never runs" in p] == [
             f"instance shared: stage {s} never runs the backward of unit 1 of bucket 1 (step 0)" for s in (0, 1)
         ]
+
+    def test_instances_have_names_and_tasks(self, plan: Plan) -> None:
+        (instance,) = plan.instances
+        idle = replace(instance, name="idle", htasks=(), buckets=())
+        assert only(check(replace(plan, instances=(instance, idle)))) == (
+            "instance idle has no tasks: give it some or leave it out"
+        )
+        twins = check(replace(plan, instances=(instance, instance)))
+        assert f"2 instances are named {instance.name!r}: give each a name of its own" in twins
+        nothing = check(replace(plan, instances=()))
+        assert "the plan has no instances: give it at least one" in nothing
 
     def test_no_microbatches(self, plan: Plan) -> None:
         assert only(check(changed(plan, microbatches=0))).endswith("microbatches=0: must be at least 1")
@@ -267,6 +282,11 @@ class TestLaunches:
         problems = check(self.launched(sharded, (replace(first, launches=wrong), second)))
         assert all("collectives go on comm, all else on compute" in p for p in problems)
         assert len(problems) == 2
+
+    def test_two_lists_for_one_clock(self, sharded: Plan) -> None:
+        bucket = sharded.instances[0].buckets[0]
+        twice = replace(bucket, launches=(*bucket.launches, bucket.launches[0]))
+        assert "has 2 launch lists for stage 0" in only(check(changed(sharded, buckets=(twice,))))
 
     def test_foreign(self, sharded: Plan) -> None:
         first, second = self.lists(sharded)

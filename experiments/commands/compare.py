@@ -42,6 +42,8 @@ def split_policies(text: str) -> tuple[str, ...]:
             found[-1] += f",{piece}"
         elif piece.strip():
             found.append(piece.strip())
+    if text and not found:
+        raise InputError(f"--policies {text}: names no policy: write them as a,b,c, or leave the option out for all")
     return tuple(found)
 
 

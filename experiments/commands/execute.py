@@ -55,7 +55,7 @@ def run(
     traces = [output_file(trace, "--trace")] if trace else []
     traces += [output_folder(out) / "trace.json"] if out else []
     found = read_plan(plan)
-    require_valid(found, seed)
+    require_valid(found, seed, str(plan))
     layout = _common_layout(found)
     if found.residency == "swapped":
         raise InputError(f"{plan}: residency `swapped`: the executor keeps every backbone; use `resident`")

@@ -70,7 +70,7 @@ def run(
     steps = parse_frequencies(frequencies, device)
     measured = load_cost(cost, found.cluster, allow_extrapolation)
     model: CostModel = measured if step is None else AtFrequency(measured, step)
-    require_valid(found, seed)
+    require_valid(found, seed, str(plan))
     bound = bind(found, seed=seed, steps=math.lcm(*(i.steps for i in found.instances)))
     started_s = time.process_time()
     simulation = simulate(bound, model)
