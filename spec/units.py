@@ -5,6 +5,8 @@ from __future__ import annotations
 NS_PER_US = 1_000
 NS_PER_MS = 1_000_000
 NS_PER_S = 1_000_000_000
+#: Times fit 64 bits: 292 years.
+MAX_NS = 2**63 - 1
 
 KIB = 1024
 MIB = 1024**2
