@@ -69,15 +69,35 @@ def profile(
         str, typer.Option("--pp", metavar="N,N,...", help="Pipeline depths to measure for, separated by commas.")
     ] = "1",
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Rounds over all operators.")] = 20,
+    budget: Annotated[
+        str, typer.Option("--budget", metavar="TIME", help="Stop after the round in which 90s, 5m, 1h have passed.")
+    ] = "",
+    precision: Annotated[
+        float | None,
+        typer.Option(
+            "--precision", metavar="F", min=0.0, help="Stop when every median is known to this part, as 0.02."
+        ),
+    ] = None,
+    report: Annotated[bool, typer.Option("--report", help="Write DIR/report.html: points, curves, residuals.")] = False,
     as_json: opt.AsJson = False,
 ) -> Answer:
     """Measure a workload's operators and fit a cost model."""
     from muxtune.experiments.commands import profile as command
     from muxtune.experiments.console import Progress
 
-    depths = command.parse_pipelines(pp)
+    depths, seconds = command.parse_pipelines(pp), command.parse_budget(budget)
     with Progress() as progress:
-        body = command.run(workload, out, cluster=cluster, pipelines=depths, rounds=rounds, progress=progress)
+        body = command.run(
+            workload,
+            out,
+            cluster=cluster,
+            pipelines=depths,
+            rounds=rounds,
+            budget_s=seconds,
+            precision=precision,
+            report=report,
+            progress=progress,
+        )
     return Answer(body=body, show=command.show, as_json=as_json)
 
 
@@ -93,7 +113,7 @@ def plan(
     recompute: opt.Recomputation = opt.Recompute.none,
     search_layout: opt.SearchLayout = False,
     microbatches: opt.Microbatches = "4",
-    cost: opt.Cost = "roofline",
+    cost: opt.Cost = "auto",
     allow_extrapolation: opt.Extrapolate = False,
     seed: opt.Seed = 0,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Plan file to write.")] = Path("plan.json"),
@@ -147,7 +167,7 @@ def simulate(
     plan: opt.PlanFile,
     trace: opt.TraceFile = None,
     draws: opt.Draws = 8,
-    cost: opt.Cost = "roofline",
+    cost: opt.Cost = "auto",
     allow_extrapolation: opt.Extrapolate = False,
     seed: opt.Seed = 0,
     out: opt.OutFolder = None,
@@ -199,7 +219,7 @@ def compare(
     recompute: opt.Recomputation = opt.Recompute.none,
     search_layout: opt.SearchLayout = False,
     microbatches: opt.Microbatches = "4",
-    cost: opt.Cost = "roofline",
+    cost: opt.Cost = "auto",
     allow_extrapolation: opt.Extrapolate = False,
     draws: opt.Draws = 8,
     jobs: opt.Jobs = 1,

@@ -76,7 +76,8 @@ Cost = Annotated[
     typer.Option(
         "--cost",
         metavar="NAME|DIR|FILE",
-        help="roofline, paper, interference (NAME:key=value,…), or a measured profile: its folder or costs.json.",
+        help="A measured profile (its folder or costs.json), roofline, paper, interference (NAME:key=value,…), or auto: "
+        "a recorded profile that covers what is asked, else roofline.",
     ),
 ]
 Extrapolate = Annotated[

@@ -12,7 +12,7 @@ from muxtune.experiments.result import Pair, PlanRow, Ranking, StudyResult
 from muxtune.policies.base import SystemState, make_policy
 from muxtune.profiler.fit import fit
 from muxtune.profiler.plans import Measured, measure_plans
-from muxtune.profiler.provenance import birth, stolen_ticks
+from muxtune.profiler.provenance import birth, steal_since, stolen_ticks
 from muxtune.profiler.run import Profiling
 from muxtune.sim.cost.table import FittedTable, Table
 from muxtune.sim.simulate import Simulation, make_evaluate, simulate
@@ -170,8 +170,7 @@ class Study:
                     scale=measured.reference_ns / self.fitted.reference_ns,
                 )
             )
-        steal, ticks = (now - then for now, then in zip(stolen_ticks(), self.stolen, strict=True))
-        born = birth("cpu", steal_percent=100.0 * steal / ticks if ticks else 0.0)
+        born = birth("cpu", steal_percent=steal_since(self.stolen))
         config = self.config
         result = StudyResult(
             device=config.cluster.device.name,

@@ -39,8 +39,9 @@ def fit(folder: Path, tasks: Iterable[Task]) -> FittedTable:
     reference_ns = int(rows["reference_ns"].median())
     medians = _medians(rows, reference_ns)
     born = meta.provenance
+    revisions = ", ".join(dict.fromkeys(rows["revision"]))
     provenance = Provenance(
-        environment=f"{born.device}, {born.driver}, {', '.join(born.libraries)}, revision {born.revision}"
+        environment=f"{born.device}, {born.driver}, {', '.join(born.libraries)}, revision {revisions}"
     )
     curves = _operator_curves(meta, medians)
     for part in ("block", "stage"):
@@ -110,9 +111,8 @@ def _operator_curves(meta: Meta, medians: Medians) -> list[Curve]:
         for family in MESSAGE_FAMILIES:
             point = medians[len(meta.cases) + offset, family]
             points.setdefault((family, "forward", "bytes", ()), {})[size_bytes,] = _sized(point, (size_bytes,))
-    meeting = medians.get((len(meta.cases) + len(meta.message_bytes), "all_reduce"))
-    if meeting is not None:
-        points["all_reduce", "forward", "bytes", (2,)] = {(4,): _sized(meeting, (4,))}
+    for offset, ranks in enumerate(meta.meeting_ranks, start=len(meta.cases) + len(meta.message_bytes)):
+        points["all_reduce", "forward", "bytes", (ranks,)] = {(4,): _sized(medians[offset, "all_reduce"], (4,))}
     return [
         Curve(
             family=family,

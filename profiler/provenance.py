@@ -28,17 +28,32 @@ class Birth:
 
 def birth(device: str, steal_percent: float = 0.0) -> Birth:
     """Collect the certificate of this process."""
-    libraries = tuple(f"{n}=={_version(n)}" for n in ("torch", "megatron-core", "numpy", "simpy"))
+    libraries = _libraries()
     return Birth(
         device=_cpu_name() if device == "cpu" else device,
         driver=f"{platform.system()} {platform.release()}",
         host=platform.machine(),
         cores=len(os.sched_getaffinity(0)),
         libraries=libraries,
-        revision=_revision(),
+        revision=revision(),
         command=" ".join(["muxtune", *sys.argv[1:]]),
         steal_percent=steal_percent,
     )
+
+
+def foreign(born: Birth) -> tuple[str, ...]:
+    """What differs between where a CPU's figures were measured and here, a sentence each; none where they are at home."""
+    said: list[str] = []
+    if born.device != (here := _cpu_name()):
+        said.append(f"measured on {born.device}, this machine is {here}: absolute times are that machine's")
+    pairs = zip(born.libraries, _libraries(), strict=False)
+    if other := [f"{then} (here {now})" for then, now in pairs if then != now]:
+        said.append(f"measured with {', '.join(other)}")
+    return tuple(said)
+
+
+def _libraries() -> tuple[str, ...]:
+    return tuple(f"{n}=={_version(n)}" for n in ("torch", "megatron-core", "numpy", "simpy"))
 
 
 def stolen_ticks() -> tuple[int, int]:
@@ -48,6 +63,12 @@ def stolen_ticks() -> tuple[int, int]:
     except OSError:
         return 0, 0
     return fields[7], sum(fields[:8])
+
+
+def steal_since(before: tuple[int, int]) -> float:
+    """Percentage of clock ticks that the hypervisor took since `before` (of `stolen_ticks`)."""
+    steal, ticks = (now - then for now, then in zip(stolen_ticks(), before, strict=True))
+    return 100.0 * steal / ticks if ticks else 0.0
 
 
 def _cpu_name() -> str:
@@ -67,7 +88,8 @@ def _version(package: str) -> str:
         return "absent"
 
 
-def _revision() -> str:
+def revision() -> str:
+    """The checkout that this code runs from, with `-dirty` where it was changed; `unknown` outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
         done = subprocess.run(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -11,7 +13,8 @@ from muxtune.executor.group import WorkerGroup
 from muxtune.executor.messages import Call
 from muxtune.profiler.bench import Timed
 from muxtune.profiler.cases import Case, message_sizes, needed_cases
-from muxtune.profiler.provenance import birth
+from muxtune.profiler.noise import settled
+from muxtune.profiler.provenance import birth, revision, steal_since, stolen_ticks
 from muxtune.profiler.store import Meta, Store
 from muxtune.spec.align import spread_slots
 from muxtune.spec.cluster import parse_cluster
@@ -22,6 +25,8 @@ from muxtune.spec.task import Workload
 
 Progress = Callable[[int, int], None]
 Row = tuple[int, str, int, int, int]
+#: The 95 % interval of a median needs this many values.
+LEAST_ROUNDS = 6
 
 
 def calibration_plan(workload: Workload) -> Plan:
@@ -43,6 +48,22 @@ def calibration_plan(workload: Workload) -> Plan:
     return Plan(workload=workload, cluster=parse_cluster("cpu"), instances=(instance,))
 
 
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """When to stop before the last round: at `deadline_s` (monotonic), or when every median is known to `precision`."""
+
+    deadline_s: float | None = None
+    precision: float | None = None
+
+    def spent(self, store: Store, done: int) -> str:
+        """Why to stop now; empty while another round is worth its time. One round is always measured."""
+        if done and self.deadline_s is not None and time.monotonic() >= self.deadline_s:
+            return f"the budget ended after {done} rounds"
+        if self.precision is not None and done >= LEAST_ROUNDS and settled(store.rows(), self.precision).all:
+            return f"every median was known to {self.precision:.0%} after {done} rounds"
+        return ""
+
+
 class Profiling:
     """Worker processes that hold every case ready, so that rounds can be measured before, between and after other work."""
 
@@ -58,6 +79,7 @@ class Profiling:
             raise InputError("two workloads have a task of one name: give every task its own task_id")
         self.workload = workloads[0]
         self.cases: tuple[Case, ...] = needed_cases(workloads, layouts)
+        self.meeting_ranks = tuple(sorted({x.ranks for x in layouts if x.ranks > 1}))
         self.sizes_bytes = message_sizes(workloads) if any(x.pp > 1 for x in layouts) else ()
         self.store = Store(folder)
         meta = Meta(
@@ -65,20 +87,23 @@ class Profiling:
             model=self.workload.model,
             cases=self.cases,
             message_bytes=self.sizes_bytes,
+            meeting_ranks=self.meeting_ranks,
             provenance=birth("cpu"),
         )
         self.done = self.store.open(meta)
         self.stack = ExitStack()
         self.single: WorkerGroup | None = None
-        self.pair: WorkerGroup | None = None
+        self.groups: dict[int, WorkerGroup] = {}
 
     def _start(self) -> WorkerGroup:
         if self.single is None:
             self.single = self.stack.enter_context(WorkerGroup(even_layout(self.workload.model, pp=1), timeout_s=600))
             arguments = (self.workload.model, self.tasks, self.cases, calibration_plan(self.workload))
             self.single.ask(Call(function="muxtune.profiler.bench:prepare", arguments=arguments))
-            if self.sizes_bytes:
-                self.pair = self.stack.enter_context(WorkerGroup(even_layout(self.workload.model, pp=2)))
+            for ranks in self.meeting_ranks:
+                self.groups[ranks] = self.stack.enter_context(
+                    WorkerGroup(Layout(pp=ranks, layers_per_stage=(1,) * ranks))
+                )
             self.measure_round()  # warm-up: allocations and lazy initialisation
         return self.single
 
@@ -87,17 +112,29 @@ class Profiling:
         group = self.single or self._start()
         timed: list[Timed] = group.ask(Call(function="muxtune.profiler.bench:measure_round"))[0]
         rows = [(t.case, t.direction, t.wall_ns, t.cpu_ns, t.reference_ns) for t in timed]
-        if self.pair is not None:
-            rows += _transfers(self.pair, len(self.cases), self.sizes_bytes, timed[-1].reference_ns)
+        reference_ns, place = timed[-1].reference_ns, len(self.cases)
+        if self.groups:
+            rows += _transfers(next(iter(self.groups.values())), place, self.sizes_bytes, reference_ns)
+        for offset, met in enumerate(self.groups.values(), start=place + len(self.sizes_bytes)):
+            met_ns = _meeting_ns(met)
+            rows.append((offset, "all_reduce", met_ns, met_ns, reference_ns))
         return rows
 
-    def rounds(self, until: int, progress: Progress) -> None:
-        """Measure and store rounds until `until` of them are there; `progress` is told (done, until)."""
+    def rounds(self, until: int, progress: Progress, budget: Budget | None = None) -> str:
+        """Measure and store rounds until `until` of them are there; `progress` is told (done, until).
+
+        With a budget it may end sooner; returns why it ended.
+        """
         while self.done < until:
+            if budget and (reason := budget.spent(self.store, self.done)):
+                return reason
             self._start()
-            self.store.append(self.done, self.measure_round())
+            before = stolen_ticks()
+            rows = self.measure_round()
+            self.store.append(self.done, rows, steal_since(before), revision())
             self.done += 1
             progress(self.done, until)
+        return f"{until} rounds"
 
     def __enter__(self) -> Profiling:
         return self
@@ -109,10 +146,9 @@ class Profiling:
 
 
 def _transfers(pair: WorkerGroup, first: int, sizes_bytes: Sequence[int], reference_ns: int) -> list[Row]:
-    """send, p2p and recv of every message size, and the meeting of two ranks (`all_reduce` of one float)."""
-    sender, receiver = pair.ask(
-        Call(function="muxtune.profiler.transfers:transfer_round", arguments=(tuple(sizes_bytes),))
-    )
+    """send, p2p and recv of every message size, between the first two ranks."""
+    call = Call(function="muxtune.profiler.transfers:transfer_round", arguments=(tuple(sizes_bytes),))
+    sender, receiver = pair.ask(call)[:2]
     rows: list[Row] = []
     for i in range(len(sizes_bytes)):
         (start_ns, sent_ns, _, _), (_, _, _, there_ns) = sender[2 * i], receiver[2 * i]
@@ -121,7 +157,10 @@ def _transfers(pair: WorkerGroup, first: int, sizes_bytes: Sequence[int], refere
         moved_ns = max(1, there_ns - start_ns - send_ns - recv_ns)
         for direction, time_ns in (("send", send_ns), ("p2p", moved_ns), ("recv", recv_ns)):
             rows.append((first + i, direction, time_ns, time_ns, reference_ns))
-    meetings = pair.ask(Call(function="muxtune.profiler.transfers:meeting_round", arguments=(3,)))
-    # The rank that arrives last waits for nothing but the exchange.
-    middle_ns = sorted(min(pair_ns) for pair_ns in zip(*meetings, strict=True))[1]
-    return [*rows, (first + len(sizes_bytes), "all_reduce", middle_ns, middle_ns, reference_ns)]
+    return rows
+
+
+def _meeting_ns(group: WorkerGroup) -> int:
+    """Median of three meetings, each of the rank that arrives last: it waits for nothing but the exchange."""
+    meetings = group.ask(Call(function="muxtune.profiler.transfers:meeting_round", arguments=(3,)))
+    return int(sorted(min(times_ns) for times_ns in zip(*meetings, strict=True))[1])

@@ -15,7 +15,7 @@ from muxtune.executor.worker import Worker
 def transfer_round(worker: Worker, sizes_bytes: Sequence[int]) -> list[tuple[int, int, int, int]]:
     """(start of send, end of send, message there, end of receive) by the common clock for each size; zeros where not known.
 
-    Rank 0 sends, rank 1 has posted its receive and waits; then once more with the message already there.
+    Rank 0 sends, rank 1 has posted its receive and waits; then once more with the message already there. Others only meet.
     """
     rows: list[tuple[int, int, int, int]] = []
     group, barrier = worker.groups["activation"], worker.groups["instance"]
@@ -31,6 +31,8 @@ def transfer_round(worker: Worker, sizes_bytes: Sequence[int]) -> list[tuple[int
                 end_ns = clock()
                 work.wait()
                 rows.append((start_ns, end_ns, 0, 0))
+            elif worker.hello.rank > 1:
+                dist.barrier(group=barrier)
             else:
                 work = dist.irecv(message, src=0, group=group, tag=1)
                 dist.barrier(group=barrier)

@@ -86,6 +86,7 @@ def _meta(cases: Sequence[Case], sizes_bytes: tuple[int, ...]) -> Meta:
         model=model_preset("tiny-test"),
         cases=tuple(cases),
         message_bytes=sizes_bytes,
+        meeting_ranks=(2,) if sizes_bytes else (),
         provenance=birth("cpu"),
     )
 

@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from muxtune.experiments.commands.inputs import COSTS, profile_roots
+from muxtune.experiments.commands.costs import META, recorded
+from muxtune.experiments.commands.inputs import COSTS
 from muxtune.experiments.console import render, table
 from muxtune.policies.base import policies
+from muxtune.profiler.store import Meta
 from muxtune.sim.cost.base import cost_models
 from muxtune.sim.cost.table import FittedTable
 from muxtune.spec.cluster import device_presets
@@ -114,12 +116,23 @@ def _peft() -> Iterator[Row]:
 
 
 def _profiles() -> Iterator[Row]:
-    for root in profile_roots():
-        for path in sorted(root.glob(f"*/{COSTS}")):
-            fitted = read_noun(FittedTable, path)
-            points = sum(len(c.points) for c in fitted.curves)
-            about = {"device": fitted.device, "points": points, "environment": fitted.provenance.environment}
-            yield {"name": path.parent.name, "folder": str(path.parent), **about}
+    """What each recorded profile covers: families, operator groups, token range of its linears, mean held-out error."""
+    for folder in recorded():
+        fitted = read_noun(FittedTable, folder / COSTS)
+        tokens = [p.size[0] for c in fitted.curves if c.family == "linear" for p in c.points]
+        errors = [f.held_out_mape for f in fitted.families if f.held_out_mape is not None]
+        yield {
+            "name": folder.name,
+            "device": fitted.device,
+            "model": read_noun(Meta, folder / META).model.name if (folder / META).is_file() else "-",
+            "families": len(fitted.families),
+            "groups": len(fitted.curves),
+            "points": sum(len(c.points) for c in fitted.curves),
+            "tokens": f"{min(tokens)}..{max(tokens)}" if tokens else "-",
+            "held_out_mape": sum(errors) / len(errors) if errors else "-",
+            "folder": str(folder),
+            "environment": fitted.provenance.environment,
+        }
 
 
 KINDS: dict[str, Callable[[], Iterator[Row]]] = {

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from muxtune.experiments.commands.inputs import load_cost
-from muxtune.experiments.commands.rows import Alone, cost_body, cost_text
+from muxtune.experiments.commands.costs import AUTO, CostChoice, choose_cost
+from muxtune.experiments.commands.rows import Alone, cost_text
 from muxtune.policies.base import SystemState
 from muxtune.policies.choices import Choices, layout_choices, microbatch_counts
 from muxtune.sim.cost.base import CostModel
@@ -37,7 +37,7 @@ class Options:
     recompute: Recompute = "none"
     microbatches: tuple[int, ...] = (4,)
     search_layout: bool = False
-    cost: str = "roofline"
+    cost: str = AUTO
     allow_extrapolation: bool = False
     draws: int = 8
     seed: int = 0
@@ -51,9 +51,14 @@ class Problem:
     cluster: Cluster
     layout: Layout
     microbatches: int
-    cost: CostModel
+    chosen: CostChoice
     options: Options
     choices: Choices | None = None
+
+    @property
+    def cost(self) -> CostModel:
+        """The cost model to plan with."""
+        return self.chosen.model
 
     def state(self) -> SystemState:
         """What a policy is handed; each state has its own simulator cache, so that no policy warms it for another."""
@@ -80,7 +85,7 @@ class Problem:
             "microbatches": self.microbatches if self.choices is None else self._searched_counts(),
             "layout_choices": None if self.choices is None else self._searched(),
             "seed": self.options.seed,
-            "cost_model": cost_body(self.cost),
+            "cost_model": self.chosen.body(),
             "workload_digest": digest(self.workload),
         }
 
@@ -137,12 +142,13 @@ def read_problem(workload: Path, cluster: str, options: Options) -> Problem:
         layout, microbatches = choices.kept[0].layout, choices.kept[0].microbatches
     else:
         layout, microbatches = choose_layout(tasks.model, place, options), (options.microbatches or (1,))[0]
+    layouts = [layout] if choices is None else list(dict.fromkeys(c.layout for c in choices.kept))
     return Problem(
         workload=tasks,
         cluster=place,
         layout=layout,
         microbatches=microbatches,
-        cost=load_cost(options.cost, place, options.allow_extrapolation),
+        chosen=choose_cost(options.cost, place, tasks, layouts, options.allow_extrapolation),
         options=options,
         choices=choices,
     )

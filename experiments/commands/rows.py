@@ -112,8 +112,9 @@ def cost_body(cost: CostModel) -> dict[str, Any]:
 
 
 def cost_text(body: dict[str, Any]) -> str:
-    """The cost model with a flag where nothing was measured."""
-    return f"cost model {body['id']}" + ("" if body["calibrated"] else " (UNCALIBRATED)")
+    """The cost model with a flag where nothing was measured, why it was taken, and what to know of it."""
+    text = f"cost model {body['id']}" + ("" if body["calibrated"] else " (UNCALIBRATED)")
+    return "; ".join(filter(None, (text, body.get("why"), *body.get("notes", ()))))
 
 
 def percent(value: float | None) -> str:

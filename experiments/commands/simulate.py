@@ -8,13 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from muxtune.experiments.commands.costs import AUTO, choose_cost
 from muxtune.experiments.commands.frequencies import (
     frequency_body,
     frequency_rows,
     frequency_table,
     parse_frequencies,
 )
-from muxtune.experiments.commands.inputs import load_cost, output_file, output_folder, read_plan
+from muxtune.experiments.commands.inputs import output_file, output_folder, read_plan
 from muxtune.experiments.commands.memory import memory_rows, memory_table
 from muxtune.experiments.commands.rows import (
     UNCALIBRATED,
@@ -47,7 +48,7 @@ def run(
     *,
     trace: Path | None = None,
     draws: int = 8,
-    cost: str = "roofline",
+    cost: str = AUTO,
     allow_extrapolation: bool = False,
     seed: int = 0,
     out: Path | None = None,
@@ -68,7 +69,9 @@ def run(
     device = found.cluster.device
     step = None if frequency is None else frequency_step(device, frequency)
     steps = parse_frequencies(frequencies, device)
-    measured = load_cost(cost, found.cluster, allow_extrapolation)
+    layouts = list(dict.fromkeys(i.layout for i in found.instances))
+    chosen = choose_cost(cost, found.cluster, found.workload, layouts, allow_extrapolation)
+    measured = chosen.model
     model: CostModel = measured if step is None else AtFrequency(measured, step)
     require_valid(found, seed, str(plan))
     bound = bind(found, seed=seed, steps=math.lcm(*(i.steps for i in found.instances)))
@@ -78,6 +81,7 @@ def run(
     paper = paper_peak_bytes(found)
     body = {
         **_figures(found, model, seed, draws),
+        "cost_model": {**chosen.body(), **cost_body(model)},
         "memory": memory_rows(bound, simulation.timeline),
         "memory_bytes": device.memory_bytes,
         "paper_peak_bytes": max(paper),
@@ -107,7 +111,6 @@ def _figures(plan: Plan, model: CostModel, seed: int, draws: int) -> dict[str, A
         "workload": plan.workload.name,
         "cluster": plan.cluster.name,
         "seed": seed,
-        "cost_model": cost_body(model),
         **feasible_row(plan.made_by.policy, plan, predicted, alone.per_task(plan, predicted)),
     }
 

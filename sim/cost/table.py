@@ -133,7 +133,7 @@ class Table(CostBase):
             )
         self.fitted, self.device, self.allow_extrapolation = fitted, device, allow_extrapolation
         self.model_id = f"table:{fitted.device}:{digest(fitted)}"
-        self._curves = {curve.group: (curve, _interpolant(curve, device)) for curve in fitted.curves}
+        self._curves = {curve.group: (curve, interpolant(curve, device)) for curve in fitted.curves}
         self._mape = {f.family: f.held_out_mape for f in fitted.families}
         self._known: dict[Op, Cost] = {}
 
@@ -227,19 +227,24 @@ def fit_table(
 
 
 def leave_one_out(curve: Curve, device: DeviceSpec) -> tuple[float, ...]:
-    """|predicted − measured| / |measured| of every interior point, predicted without it.
+    """|predicted − measured| / |measured| of every interior point, predicted without it."""
+    return tuple(abs(error) for _, error in residuals(curve, device))
+
+
+def residuals(curve: Curve, device: DeviceSpec) -> tuple[tuple[Size, float], ...]:
+    """(size, predicted / measured − 1) of every interior point, predicted without it.
 
     On a grid whole rows and columns are left out. A remainder may be measured near 0, so it is held against the largest
     measurement of its curve.
     """
     measured_ns = {p.size: p.p50_ns for p in curve.points}
     largest_ns = max(1, *(abs(ns) for ns in measured_ns.values()))
-    errors: list[float] = []
+    errors: list[tuple[Size, float]] = []
     for out in _left_out(measured_ns):
-        rest = _interpolant(curve, device, {size: ns for size, ns in measured_ns.items() if size not in out})
+        rest = interpolant(curve, device, {size: ns for size, ns in measured_ns.items() if size not in out})
         for size in out:
             scale = largest_ns if curve.family in REMAINDERS else measured_ns[size]
-            errors.append(abs(rest.ns(size) - measured_ns[size]) / scale)
+            errors.append((size, (rest.ns(size) - measured_ns[size]) / scale))
     return tuple(errors)
 
 
@@ -262,7 +267,8 @@ def _measured_size(op: Op) -> tuple[Size, float]:
     return op.size[:2], queries * (2 * length - queries) / length**2
 
 
-def _interpolant(curve: Curve, device: DeviceSpec, measured_ns: Mapping[Size, int] | None = None) -> Interpolant:
+def interpolant(curve: Curve, device: DeviceSpec, measured_ns: Mapping[Size, int] | None = None) -> Interpolant:
+    """The curve as a function of size, through its points or through `measured_ns` instead."""
     points = measured_ns or {p.size: p.p50_ns for p in curve.points}
     if curve.family in REMAINDERS:
         return Line(points)
