@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 
 from muxtune.experiments.plots import study as plots
-from muxtune.experiments.result import Pair, PlanRow, Ranking, StudyResult
+from muxtune.experiments.result import Pair, PlanRow, Ranking, Shrunk, StudyResult
 from muxtune.spec.files import write_text
 from muxtune.spec.units import format_bytes, format_ns
 
@@ -61,6 +61,7 @@ def write_report(result: StudyResult, pairs: Sequence[Pair], path: Path) -> None
             pipelines="".join(_pipeline(p, winners) for p in pairs) or NOTHING,
             worst=_worst(result),
             causes=_figure(plots.causes(result.rows), CAUSES, narrow=True),
+            operators=_figure(plots.operators(result.rows), OPERATORS, narrow=True),
             families=_figure(plots.families(result.families), FAMILIES, narrow=True),
             memory=_figure(plots.memory(result.rows), "", narrow=True),
             validity="".join(f"<li>{escape(text)}</li>" for text in _validity(result)),
@@ -74,6 +75,7 @@ CAUSES = (
     "Device time of all plans and ranks. Beside the bars: predicted minus measured, as a share of all measured time. "
     "Idle is what is left of the makespan."
 )
+OPERATORS = "Subgraphs of all plans and ranks by kind and direction. Beside the bars: predicted / measured − 1."
 FAMILIES = "Interior points of each operator's curve, predicted by a fit without them; n counts measured points."
 
 
@@ -227,7 +229,20 @@ def _worst(result: StudyResult) -> str:
         f"Worst plan: {worst.policy} on {worst.workload}, {worst.layout}: predicted {format_ns(worst.predicted_ns)}, "
         f"measured {format_ns(worst.measured_ns)} ({worst.error:+.1%}, noise {worst.noise:.1%})."
     )
-    return f"<p>{escape(text + (f' Largest differences of device time: {shares}.' if shares else ''))}</p>"
+    said = f"<p>{escape(text + (f' Largest differences of device time: {shares}.' if shares else ''))}</p>"
+    return said + (f"<p>{escape(_shrunk(result.shrunk))}</p>" if result.shrunk else "")
+
+
+def _shrunk(found: Shrunk) -> str:
+    """What the worst plan was cut down to, and where its error lies then."""
+    samples = ", ".join(f"{task}: {count}" for task, count in found.samples)
+    off = sorted(found.operators, key=lambda o: -abs(o.predicted_ns - o.measured_ns))[:2]
+    most = ", ".join(f"{o.cause} {format_ns(o.predicted_ns)} for {format_ns(o.measured_ns)}" for o in off)
+    return (
+        f"The smallest Program that still shows it (worst.json; {found.kept} of {found.steps} cuts kept it) has the samples "
+        f"{samples}: predicted {format_ns(found.predicted_ns)}, measured {format_ns(found.measured_ns)} "
+        f"({found.error:+.1%}, noise {found.noise:.1%}). Furthest off there: {most}."
+    )
 
 
 def _validity(result: StudyResult) -> list[str]:

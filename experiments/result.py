@@ -41,6 +41,27 @@ class PlanRow:
     measured_bubble: float
     plan_seconds: float
     causes: tuple[CauseError, ...]
+    operators: tuple[CauseError, ...] = ()
+
+
+@noun
+class Shrunk:
+    """The smallest Program found that still shows the worst plan's error: fewer tasks, fewer samples, the same decisions.
+
+    `steps` are the smaller plans that were measured on the way, `kept` those that showed the error.
+    """
+
+    workload: str
+    layout: str
+    policy: str
+    samples: tuple[tuple[str, int], ...]
+    predicted_ns: int
+    measured_ns: int
+    error: float
+    noise: float
+    steps: int
+    kept: int
+    operators: tuple[CauseError, ...]
 
 
 @noun
@@ -75,6 +96,7 @@ class StudyResult:
     reference_ns: int
     provenance: Birth
     seconds: float
+    shrunk: Shrunk | None = None
 
     @property
     def mape(self) -> float | None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from muxtune.executor.group import WorkerGroup, require_runnable
-from muxtune.experiments.result import Pair, PlanRow, Ranking, StudyResult
+from muxtune.experiments.result import Pair, PlanRow, Ranking, Shrunk, StudyResult
+from muxtune.experiments.shrink import MOST_STEPS, shrink
 from muxtune.policies.base import SystemState, make_policy
 from muxtune.profiler.fit import fit
 from muxtune.profiler.plans import Measured, measure_plans
@@ -21,7 +22,8 @@ from muxtune.spec.check import require_valid
 from muxtune.spec.cluster import Cluster
 from muxtune.spec.files import write_noun
 from muxtune.spec.layout import Layout, even_layout
-from muxtune.spec.metrics import bubble_fraction, compare_causes, kendall_tau_b
+from muxtune.spec.metrics import CauseError, bubble_fraction, compare_causes, compare_operators, kendall_tau_b
+from muxtune.spec.plan import Plan
 from muxtune.spec.program import Bound
 from muxtune.spec.task import Workload
 
@@ -31,7 +33,10 @@ Partial = Callable[[StudyResult, list[Pair]], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyConfig:
-    """What to compare. Every policy plans every workload under every pipeline depth; `rounds` are counted rounds."""
+    """What to compare. Every policy plans every workload under every pipeline depth; `rounds` are counted rounds.
+
+    With `shrinks` the plan with the worst error is cut down to the smallest that still shows it.
+    """
 
     name: str
     workloads: tuple[Workload, ...]
@@ -42,6 +47,7 @@ class StudyConfig:
     rounds: int
     profile_rounds: int
     seed: int = 0
+    shrinks: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +83,7 @@ class Study:
         self.planned: list[Planned] = []
         self.measured: dict[str, Measured] = {}
         self.fitted: FittedTable | None = None
+        self.shrunk: Shrunk | None = None
 
     def run(self, partial: Partial) -> tuple[StudyResult, list[Pair]]:
         """Operator rounds before, between and after the plan rounds; `partial` gets a valid result after each layout."""
@@ -89,9 +96,12 @@ class Study:
                 self._measure(layout)
                 self._operator_rounds(profiling, index + 2, chunks)
                 self.fitted = fit(self.out / "profile", self.tasks)
-                partial(*self.result(complete=index + 1 == len(self.layouts)))
+                partial(*self.result(complete=index + 1 == len(self.layouts) and not config.shrinks))
         assert self.fitted is not None
         write_noun(self.fitted, self.out / "costs.json")
+        if config.shrinks:
+            self._shrink()
+            partial(*self.result(complete=True))
         result, pairs = self.result(complete=True)
         write_noun(self._best(result.rows[-1].workload).bound.plan, self.out / "plan.json")
         return result, pairs
@@ -148,6 +158,42 @@ class Study:
             found = measure_plans(group, bounds, self.config.rounds, lambda d, n: self.progress(label, d, n))
         self.measured |= {p.name: found[p.bound.program.digest()] for p in mine}
 
+    def _shrink(self) -> None:
+        """Cut the worst plan down; it goes to worst.json."""
+        result, _ = self.result(complete=False)
+        worst, rounds = result.worst, max(4, self.config.rounds // 2)
+        if worst is None or self.fitted is None or abs(worst.error) <= worst.noise:
+            return
+        planned = next(p for p in self.planned if p.bound.plan.decision_digest() == worst.plan_digest)
+        cost, reference_ns = Table(self.fitted, self.config.cluster.device), self.fitted.reference_ns
+        operators: dict[str, tuple[CauseError, ...]] = {}
+        with WorkerGroup(planned.bound.plan.instances[0].layout) as group:
+
+            def trial(plan: Plan) -> tuple[int, int, float]:
+                bound = bind(plan, seed=self.config.seed)
+                measured = measure_plans(group, {"plan": bound}, rounds, lambda d, n: None)["plan"]
+                simulation, measured_ns = simulate(bound, cost), round(measured.ratio * reference_ns)
+                scale = measured.reference_ns / reference_ns
+                operators[plan.decision_digest()] = compare_operators(simulation.timeline, measured.timeline, scale)
+                self.progress("shrink the worst plan", len(operators), MOST_STEPS + 1)
+                return simulation.estimate.iteration_ns, measured_ns, measured.noise
+
+            found = shrink(planned.bound.plan, trial)
+        write_noun(found.plan, self.out / "worst.json")
+        self.shrunk = Shrunk(
+            workload=worst.workload,
+            layout=worst.layout,
+            policy=worst.policy,
+            samples=tuple((t.task_id, t.global_batch_samples) for t in found.plan.workload.tasks),
+            predicted_ns=found.predicted_ns,
+            measured_ns=found.measured_ns,
+            error=found.error,
+            noise=found.noise,
+            steps=found.steps,
+            kept=found.kept,
+            operators=operators[found.plan.decision_digest()],
+        )
+
     def result(self, complete: bool) -> tuple[StudyResult, list[Pair]]:
         """Rows, rankings and timelines of the plans measured so far, on the costs fitted so far."""
         assert self.fitted is not None
@@ -183,6 +229,7 @@ class Study:
             reference_ns=self.fitted.reference_ns,
             provenance=born,
             seconds=time.monotonic() - self.started_s,
+            shrunk=self.shrunk,
         )
         return result, pairs
 
@@ -214,6 +261,7 @@ def plan_row(planned: Planned, simulation: Simulation, measured: Measured, refer
         measured_bubble=bubble_fraction(measured.timeline),
         plan_seconds=planned.seconds,
         causes=compare_causes(timeline, measured.timeline, scale),
+        operators=compare_operators(timeline, measured.timeline, scale),
     )
 
 

@@ -55,4 +55,5 @@ def suite_study(suite: str, rounds: int, seed: int) -> StudyConfig:
         rounds=rounds,
         profile_rounds=rounds,
         seed=seed,
+        shrinks=True,
     )

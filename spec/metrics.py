@@ -81,6 +81,35 @@ def compare_causes(predicted: Timeline, measured: Timeline, scale: float = 1.0) 
     return (*rows, CauseError(cause="idle", predicted_ns=rest_p, measured_ns=rest_m))
 
 
+def compare_operators(predicted: Timeline, measured: Timeline, scale: float = 1.0) -> tuple[CauseError, ...]:
+    """Split the error of what runs inside clocks by kind of subgraph and direction: `forward attention`, `backward mlp`, …
+
+    `launching` is what forwards and backwards take outside their subgraphs. `scale` multiplies predictions.
+    """
+    sides = (_operators(predicted), _operators(measured))
+    return tuple(
+        CauseError(cause=name, predicted_ns=round(scale * sides[0].get(name, 0)), measured_ns=sides[1].get(name, 0))
+        for name in sorted(set().union(*sides))
+    )
+
+
+def _operators(timeline: Timeline) -> dict[str, int]:
+    """Time by kind; a layer's number is dropped from a subgraph's name."""
+    wholes = {(s.rank, s.index): s for s in timeline.spans if s.subgraph < 0 and s.op in ("forward", "backward")}
+    found: dict[str, int] = {}
+    inside: dict[tuple[int, int], int] = {}
+    for span in timeline.spans:
+        place = (span.rank, span.index)
+        if span.subgraph >= 0 and place in wholes:
+            name = f"{wholes[place].op} {span.op.split('.', 1)[-1]}"
+            found[name] = found.get(name, 0) + span.duration_ns
+            inside[place] = inside.get(place, 0) + span.duration_ns
+    outside = {place: max(0, whole.duration_ns - inside.get(place, 0)) for place, whole in wholes.items()}
+    for op in ("forward", "backward"):
+        found[f"{op} launching"] = sum(ns for place, ns in outside.items() if wholes[place].op == op)
+    return found
+
+
 def _cause(predicted: Timeline, measured: Timeline, name: str, ops: Sequence[str], scale: float) -> CauseError:
     def total(timeline: Timeline) -> int:
         return sum(s.duration_ns for s in timeline.spans if s.subgraph < 0 and s.op in ops)

@@ -21,7 +21,7 @@ from muxtune.sim.cost.table import FamilyError
 from muxtune.sim.simulate import simulate
 from muxtune.spec.bind import bind
 from muxtune.spec.errors import InputError
-from muxtune.spec.metrics import bubble_fraction, compare_causes
+from muxtune.spec.metrics import bubble_fraction, compare_causes, compare_operators
 from muxtune.spec.noun import digest
 
 POLICIES = ("hf-peft", "sl-peft", "muxtune")
@@ -60,6 +60,7 @@ def plan_row(workload, layout, policy, plan, simulation, measured):
         measured_bubble=bubble_fraction(measured),
         plan_seconds=0.01,
         causes=compare_causes(simulation.timeline, measured),
+        operators=compare_operators(simulation.timeline, measured),
     )
 
 
@@ -167,7 +168,7 @@ def test_page_is_whole_and_needs_nothing_else(study, tmp_path):
     assert "url(http" not in text
     assert "@import" not in text
     assert "script" not in page.tags
-    assert page.tags.count("svg") == 4 + len(study[1])
+    assert page.tags.count("svg") == 5 + len(study[1])
     assert len(set(page.ids)) == len(page.ids)
     assert {link[1:] for link in page.links} <= set(page.ids)
 
@@ -241,6 +242,7 @@ def pictures(study):
     yield plots.scatter(result.rows)
     yield plots.families(result.families)
     yield plots.causes(result.rows)
+    yield plots.operators(result.rows)
     yield plots.memory(result.rows)
     yield from (plots.pipeline(p) for p in pairs)
 
@@ -254,7 +256,7 @@ def test_pictures_are_valid_and_the_same_twice(study):
 
 
 def test_pictures_of_nothing_are_empty():
-    assert plots.scatter([]) == plots.families([]) == plots.causes([]) == plots.memory([]) == ""
+    assert plots.scatter([]) == plots.families([]) == plots.causes([]) == plots.operators([]) == plots.memory([]) == ""
 
 
 def test_wide_ranges_get_logarithmic_axes(study):

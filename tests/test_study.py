@@ -39,6 +39,7 @@ def _config() -> StudyConfig:
         microbatches=2,
         rounds=4,
         profile_rounds=3,
+        shrinks=True,
     )
 
 
@@ -60,7 +61,7 @@ pytestmark = pytest.mark.dist
 
 def test_every_plan_is_predicted_and_measured(study: tuple[StudyResult, list[Pair], list[bool], Path]) -> None:
     result, pairs, partials, _ = study
-    assert partials == [False, True]
+    assert partials == [False, False, True]
     assert len(result.rows) == len(pairs) == 2 * len(POLICIES)
     for row in result.rows:
         assert row.predicted_ns > 0
@@ -102,6 +103,23 @@ def test_files_are_there_and_valid(study: tuple[StudyResult, list[Pair], list[bo
     assert "</html>" in (out / "report.html").read_text()
     assert read_noun(Plan, out / "plan.json").decision_digest() in {row.plan_digest for row in result.rows}
     assert (out / "costs.json").exists()
+
+
+def test_the_worst_plan_is_cut_down(study: tuple[StudyResult, list[Pair], list[bool], Path]) -> None:
+    result, _, _, out = study
+    worst = result.worst
+    assert worst is not None
+    if abs(worst.error) <= worst.noise:
+        assert result.shrunk is None
+        return
+    found = result.shrunk
+    assert found is not None
+    assert (found.workload, found.layout, found.policy) == (worst.workload, worst.layout, worst.policy)
+    assert found.kept <= found.steps
+    plan = read_noun(Plan, out / "worst.json")
+    assert found.samples == tuple((t.task_id, t.global_batch_samples) for t in plan.workload.tasks)
+    assert sum(n for _, n in found.samples) <= 6
+    assert "The smallest Program that still shows it" in (out / "report.html").read_text()
 
 
 def _row(policy: str, predicted_ns: int, measured_ns: int, noise: float = 0.0) -> PlanRow:

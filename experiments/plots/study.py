@@ -172,6 +172,21 @@ def _causes(rows: Sequence[PlanRow]) -> Figure:
     return _paired_bars(names, totals[0], totals[1], labels, "device time, summed over plans and ranks (ms)")
 
 
+def operators(rows: Sequence[PlanRow]) -> str:
+    """Time inside clocks by kind of subgraph and direction, predicted beside measured, summed over plans and ranks."""
+    return draw(lambda: _operators(rows)) if any(r.operators for r in rows) else ""
+
+
+def _operators(rows: Sequence[PlanRow]) -> Figure:
+    names = _distinct(o.cause for r in rows for o in r.operators)
+    totals = [
+        [sum(getattr(o, side) for r in rows for o in r.operators if o.cause == name) / NS_PER_MS for name in names]
+        for side in ("predicted_ns", "measured_ns")
+    ]
+    labels = [f"{100 * (p / m - 1):+.1f} %" if m > 0 else "never measured" for p, m in zip(*totals, strict=True)]
+    return _paired_bars(names, totals[0], totals[1], labels, "time inside clocks, summed over plans and ranks (ms)")
+
+
 def _memory(rows: Sequence[PlanRow]) -> Figure:
     peaks = [
         [max(getattr(r, side), default=0) for r in rows] for side in ("predicted_peak_bytes", "measured_peak_bytes")
