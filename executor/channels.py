@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ class Channels:
         width: int,
         dtype: torch.dtype,
         device: torch.device,
+        jitter: Callable[[], None] = lambda: None,
     ) -> None:
+        self.jitter = jitter
         self.groups, self.width, self.dtype, self.device = groups, width, dtype, device
         self.queues: dict[tuple[int, str], list[Instruction]] = {}
         self.posted: dict[tuple[int, str], tuple[Instruction, Tensor, Any] | None] = {}
@@ -55,6 +57,7 @@ class Channels:
         posted = self.posted[edge]
         assert posted is not None
         assert posted[0].tag == x.tag
+        self.jitter()
         posted[2].wait()
         self._post(edge)
         return posted[1]
@@ -63,6 +66,7 @@ class Channels:
         """Send without waiting; the tensor is kept until it has left."""
         peer, payload = self._edge(x)
         message = message.contiguous()
+        self.jitter()
         self.sent = [(work, kept) for work, kept in self.sent if not work.is_completed()]
         self.sent.append((dist.isend(message, dst=peer, group=self.groups[payload], tag=x.tag or 0), message))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from muxtune.executor.attention import Run, whole_runs
+from muxtune.executor.rows import whole_rows
 from muxtune.spec.align import Batch, Row
 from muxtune.spec.program import Program
 
@@ -18,12 +21,13 @@ from muxtune.spec.program import Program
 class BatchTensors:
     """One hTask's input on a flat token axis: ids, positions and labels (tokens,), and per task the predicted positions.
 
-    `segments` and `runs` are the batch's, kept because every layer asks for them.
+    `segments` and `runs` are the batch's, kept because every layer asks for them; `chunk` is its place in its unit.
     """
 
     batch: Batch
     segments: tuple[tuple[str, int, int], ...]
-    runs: tuple[tuple[int, int], ...]
+    runs: tuple[Run, ...]
+    chunk: int = 0
     ids: Tensor
     positions: Tensor
     labels: Tensor
@@ -52,33 +56,45 @@ def predicted_positions(row: Row) -> range:
 def response_counts(program: Program) -> dict[tuple[str, int], int]:
     """Predicted response tokens of each (task, step): the denominator of the task's loss (DESIGN §4)."""
     counts: dict[tuple[str, int], int] = {}
-    for work in program.units:
-        for batch in work.batches:
-            for row in batch.rows:
-                at = (row.task, work.key.step)
-                counts[at] = counts.get(at, 0) + len(predicted_positions(row))
+    for (step, task, _), row in whole_rows(program.units).items():
+        counts[task, step] = counts.get((task, step), 0) + len(predicted_positions(row))
     return counts
 
 
-def batch_tensors(batch: Batch, vocab: int, device: torch.device) -> BatchTensors:
-    """Build a batch; padding has id 0 and is never predicted."""
+def batch_tensors(
+    batch: Batch,
+    vocab: int,
+    device: torch.device,
+    whole: Callable[[Row], Row] = lambda row: row,
+    runs: tuple[Run, ...] | None = None,
+    chunk: int = 0,
+) -> BatchTensors:
+    """Build a batch; padding has id 0 and is never predicted.
+
+    Of a chunk, `whole` gives the sample of which a row is a part (its last label lies in the next chunk), `runs` its attention.
+    """
     ids = np.zeros(batch.tokens, dtype=np.int64)
     labels = np.zeros(batch.tokens, dtype=np.int64)
     positions = np.zeros(batch.tokens, dtype=np.int64)
     targets: dict[str, list[int]] = {}
     start = 0
     for row in batch.rows:
-        tokens = sample_tokens(row, vocab)
-        ids[start : start + len(tokens)] = tokens
-        labels[start : start + len(tokens) - 1] = tokens[1:]
-        positions[start : start + row.length_tokens] = np.arange(row.length_tokens)
-        targets.setdefault(row.task, []).extend(start + p for p in predicted_positions(row))
+        sample, past = whole(row), row.past_tokens
+        tokens = sample_tokens(sample, vocab)
+        here, following = tokens[past : past + row.raw_tokens], tokens[past + 1 : past + row.raw_tokens + 1]
+        ids[start : start + len(here)] = here
+        labels[start : start + len(following)] = following
+        own = row.length_tokens - row.padding_tokens
+        positions[start : start + own] = np.arange(past, past + own)
+        mine = (p - past for p in predicted_positions(sample))
+        targets.setdefault(row.task, []).extend(start + p for p in mine if 0 <= p < row.raw_tokens)
         start += row.length_tokens
     move = {"device": device}
     return BatchTensors(
         batch=batch,
         segments=batch.segments(),
-        runs=batch.runs(),
+        runs=whole_runs(batch.runs()) if runs is None else runs,
+        chunk=chunk,
         ids=torch.as_tensor(ids, **move),
         positions=torch.as_tensor(positions, **move),
         labels=torch.as_tensor(labels, **move),

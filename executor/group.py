@@ -37,9 +37,9 @@ class WorkerGroup:
     """Use as a context manager; every method asks all ranks and waits for all answers."""
 
     def __init__(
-        self, layout: Layout, device: Literal["cpu", "cuda"] = "cpu", timeout_s: float = 120.0, pin: bool = True
+        self, layout: Layout | int, device: Literal["cpu", "cuda"] = "cpu", timeout_s: float = 120.0, pin: bool = True
     ) -> None:
-        self.ranks = layout.tp * layout.pp
+        self.ranks = layout if isinstance(layout, int) else layout.ranks
         self.timeout_s = timeout_s
         self.folder = tempfile.TemporaryDirectory(prefix="muxtune-")
         address = str(Path(self.folder.name) / "socket")
@@ -60,8 +60,7 @@ class WorkerGroup:
             connection.send(
                 messages.Hello(
                     rank=rank,
-                    tp=layout.tp,
-                    pp=layout.pp,
+                    ranks=self.ranks,
                     device=device,
                     rendezvous=rendezvous,
                     core=core,
@@ -127,14 +126,13 @@ class WorkerGroup:
         """Build a plan's backbones and adapters on every rank.
 
         Raises:
-            InputError: an instance does not use exactly the group's ranks, or a feature that only the simulator has.
+            InputError: an instance uses a rank that the group lacks, or a feature that only the simulator has.
         """
         for instance in bound.plan.instances:
             require_runnable(instance)
-            if sorted(instance.devices) != list(range(self.ranks)):
+            if max(instance.devices) >= self.ranks:
                 raise InputError(
-                    f"instance {instance.name} uses devices {list(instance.devices)}: the executor runs instances "
-                    f"that each use all {self.ranks} ranks of the group"
+                    f"instance {instance.name} uses devices {list(instance.devices)}: the group has ranks 0..{self.ranks - 1}"
                 )
         self.ask(messages.Load(name=name, bound=bound, seed=seed, random_adapters=random_adapters))
 
@@ -172,27 +170,11 @@ def require_runnable(instance: Instance) -> None:
         InputError: names the instance, the feature and the way round it.
     """
     layout = instance.layout
-    if layout.tp > 1 and instance.devices != tuple(range(layout.ranks)):
-        raise InputError(
-            f"instance {instance.name}: devices {list(instance.devices)}: with tensor parallelism the executor runs ranks in "
-            f"their own order only; use devices 0..{layout.ranks - 1}"
-        )
-    if layout.dp > 1 or layout.sequence_parallel:
-        raise InputError(
-            f"instance {instance.name}: dp={layout.dp}, sequence_parallel={str(layout.sequence_parallel).lower()}: the "
-            "executor runs dp=1 without sequence parallelism; plan again without --dp and --sequence-parallel"
-        )
     if layout.recompute != "none":
         raise InputError(
             f"instance {instance.name}: recompute={layout.recompute}: the executor keeps every activation; plan again "
             "without --recompute"
         )
-    for htask in instance.htasks:
-        if htask.alignment == "chunk":
-            raise InputError(
-                f"instance {instance.name}: the hTask of {', '.join(htask.tasks)} has alignment `chunk`, which only the "
-                "simulator runs so far; plan again with alignment=pad or alignment=varlen"
-            )
 
 
 def measured_timeline(bound: Bound, results: list[messages.RankResult], environment: str = "") -> Timeline:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from muxtune.executor.channels import Channels
-from muxtune.executor.data import BatchTensors, batch_tensors, response_counts
+from muxtune.executor.comm import Pending, make_comm
+from muxtune.executor.data import response_counts
 from muxtune.executor.megatron import DTYPES
-from muxtune.executor.stage import Passage, StageModel
+from muxtune.executor.passage import Passage, PastChunks
+from muxtune.executor.peers import sum_gradients
+from muxtune.executor.stage import StageModel
 from muxtune.executor.tasks import TaskState, step_task
-from muxtune.spec.layout import Layout
+from muxtune.executor.units import unit_tensors
+from muxtune.spec.catalogue import Way
 from muxtune.spec.plan import Launch
 from muxtune.spec.program import Bound, Instruction, UnitKey
 
@@ -52,16 +56,11 @@ class RankRun:
             groups,
             device,
         )
-        self.instructions = next(r.instructions for r in bound.program.ranks if r.rank == rank)
+        self.instructions = next((r.instructions for r in bound.program.ranks if r.rank == rank), ())
         self.launches = _launches_here(bound, rank)
         self.denominators = response_counts(bound.program)
-        vocab = bound.plan.workload.model.vocab
-        mine = {x.key for x in self.instructions if x.op == "forward"}
-        self.tensors: dict[UnitKey, dict[int, BatchTensors]] = {
-            w.key: {b.htask: batch_tensors(b, vocab, device) for b in w.batches}
-            for w in bound.program.units
-            if w.key in mine
-        }
+        self.tensors = unit_tensors(bound, {x.key for x in self.instructions if x.op == "forward"}, device)
+        self.clock = next((stage.comm for stage in stages.values()), make_comm(device))
         self.run_op: dict[str, Callable[[Instruction, int], None]] = {
             "recv": self._recv,
             "forward": self._forward,
@@ -70,31 +69,56 @@ class RankRun:
             "step": self._step,
         }
 
-    def layout(self, instance: int) -> Layout:
-        """Layout of an instance."""
-        return self.bound.plan.instances[instance].layout
-
     def run(self, steps: bool = True) -> list[Mark]:
         """Execute every instruction once; the adapters' state moves on by the Program's optimizer steps.
 
-        `steps=False` leaves the optimizer steps out, so that the accumulated gradients can be read.
+        `steps=False` leaves the optimizer steps out, so that the accumulated gradients, summed over the ranks that share
+        them, can be read.
         """
         self.with_steps = steps
         model = self.bound.plan.workload.model
-        self.marks: list[Mark] = []
+        self.stamps: list[tuple[int, int, int, Any, Any]] = []
         self.passages: dict[UnitKey, dict[int, Passage]] = {}
+        self.pasts: dict[tuple[UnitKey, int], PastChunks] = {}
         self.inbox: dict[tuple[UnitKey, str], Tensor] = {}
         self.losses: dict[tuple[str, int], Tensor] = {}
-        self.channels = Channels(self.instructions, self.groups, model.hidden, DTYPES[model.dtype], self.device)
-        clock = time.perf_counter_ns
+        self.channels = Channels(
+            self.instructions, self.groups, model.hidden, DTYPES[model.dtype], self.device, self.clock.jitter
+        )
+        self.clock.begin()
         for index, instruction in enumerate(self.instructions):
-            start_ns = clock()
+            start = self.clock.stamp()
             self.run_op[instruction.op](instruction, index)
-            self.marks.append(Mark(index=index, subgraph=-1, htask=-1, start_ns=start_ns, end_ns=clock()))
+            self.stamps.append((index, -1, -1, start, self.clock.stamp()))
         self.channels.finish()
-        for (task, _), loss in sorted(self.losses.items()):
-            self.tasks[task].losses.append(float(loss))
+        if not steps:
+            for task in sorted(self.tasks):
+                self._sum_gradients(task)
+        self._record_losses()
+        self.marks = self._marks()
         return self.marks
+
+    def _marks(self) -> list[Mark]:
+        """When everything ran, once it has: stamps become times."""
+        times = self.clock.resolve
+        return [
+            Mark(index=index, subgraph=subgraph, htask=htask, start_ns=times(start), end_ns=times(end))
+            for index, subgraph, htask, start, end in self.stamps
+        ]
+
+    def _record_losses(self) -> None:
+        """Losses of every step, on the last stage only; replicas add up what each computed."""
+        for index, stage in self.stages.items():
+            instance = self.bound.plan.instances[index]
+            mine = [(t, s) for t, s in sorted(self.denominators) if t in instance.tasks]
+            if not stage.layout.is_last(stage.stage) or not mine:
+                continue
+            zero = torch.zeros((), device=self.device)
+            total = torch.stack([self.losses.get(at, zero).float() for at in mine])
+            if stage.peers.dp is not None:
+                dist.all_reduce(total, group=stage.peers.dp)
+            for (task, _), loss in zip(mine, total.tolist(), strict=True):
+                self.tasks[task].losses.append(loss)
 
     def _recv(self, x: Instruction, index: int) -> None:
         assert x.payload is not None
@@ -103,43 +127,62 @@ class RankRun:
     def _forward(self, x: Instruction, index: int) -> None:
         stage = self.stages[x.key.instance]
         received = self._split(x.key, self.inbox.pop((x.key, "activation"), None))
-        passages = {h: stage.begin(t, received.get(h)) for h, t in self.tensors[x.key].items()}
+        passages = {h: stage.begin(t, received.get(h), self._past(x.key, h)) for h, t in self.tensors[x.key].items()}
         self.passages[x.key] = passages
         step = x.key.step
         counts = {task: self.denominators[task, step] for t in self.tensors[x.key].values() for task, _ in t.targets}
-        for launch in self.launches[x.key.instance, x.key.bucket, "forward"]:
-            if launch.htask in passages:
-                self.launch(index, launch, partial(stage.forward, passages[launch.htask], launch.subgraph, counts))
+        self._clock(x, index, "forward", lambda passage, subgraph: stage.forward(passage, subgraph, counts))
         for passage in passages.values():
             for task, loss in passage.losses.items():
                 at = (task, step)
                 self.losses[at] = self.losses[at] + loss if at in self.losses else loss
+
+    def _past(self, key: UnitKey, htask: int) -> PastChunks | None:
+        """What the chunks of a unit share, from the first one's forward to the first one's backward; None for whole units."""
+        instance = self.bound.plan.instances[key.instance]
+        if instance.buckets[key.bucket].units[key.unit].chunks == 1 or instance.htasks[htask].alignment != "chunk":
+            return None
+        return self.pasts.setdefault((replace(key, chunk=0), htask), PastChunks())
 
     def _backward(self, x: Instruction, index: int) -> None:
         stage = self.stages[x.key.instance]
         passages = self.passages[x.key]
         for h, gradient in self._split(x.key, self.inbox.pop((x.key, "gradient"), None)).items():
             passages[h].gradient = gradient
-        for launch in self.launches[x.key.instance, x.key.bucket, "backward"]:
-            if launch.htask in passages:
-                self.launch(index, launch, partial(stage.backward, passages[launch.htask], launch.subgraph))
+        self._clock(x, index, "backward", stage.backward)
         if not stage.layout.is_first(stage.stage):
             self.inbox[x.key, "outgoing"] = self._join([p.gradient for p in passages.values()])
         del self.passages[x.key]
+        if x.key.chunk == 0:
+            for htask in passages:
+                self.pasts.pop((x.key, htask), None)
+
+    def _clock(self, x: Instruction, index: int, way: Way, node: Callable[[Passage, int], None]) -> None:
+        """Run the launches of a clock in the plan's order; collectives run on beside the compute of other hTasks.
+
+        A subgraph waits for the collective of its own hTask before it, and its span begins after that wait.
+        """
+        stage, passages = self.stages[x.key.instance], self.passages[x.key]
+        started: list[tuple[Launch, Pending]] = []
+        for launch in self.launches[x.key.instance, x.key.bucket, way]:
+            passage = passages.get(launch.htask)
+            if passage is None:
+                continue
+            passage.settle()
+            if launch.stream == "compute":
+                self.launch(index, launch, partial(node, passage, launch.subgraph))
+            elif (exchange := stage.exchange(passage, way, launch.subgraph)) is not None:
+                passage.on_its_way = stage.comm.start(exchange, stage.peers)
+                started.append((launch, passage.on_its_way))
+        for passage in passages.values():
+            passage.settle()
+        self.stamps += [(index, x.subgraph, x.htask, pending.start, pending.end) for x, pending in started]
 
     def launch(self, index: int, launch: Launch, node: Callable[[], None]) -> None:
         """Run one launched subgraph and mark when it ran inside instruction `index`."""
-        start_ns = time.perf_counter_ns()
+        start = self.clock.stamp()
         node()
-        self.marks.append(
-            Mark(
-                index=index,
-                subgraph=launch.subgraph,
-                htask=launch.htask,
-                start_ns=start_ns,
-                end_ns=time.perf_counter_ns(),
-            )
-        )
+        self.stamps.append((index, launch.subgraph, launch.htask, start, self.clock.stamp()))
 
     def _send(self, x: Instruction, index: int) -> None:
         if x.payload == "activation":
@@ -155,8 +198,8 @@ class RankRun:
         """One message carries all hTasks of a unit, one after the other on the token axis."""
         if message is None:
             return {}
-        tensors = self.tensors[key]
-        parts = torch.split(message, [t.batch.tokens for t in tensors.values()])
+        tensors, layout = self.tensors[key], self.stages[key.instance].layout
+        parts = torch.split(message, [layout.shard_tokens(t.batch.tokens) for t in tensors.values()])
         return dict(zip(tensors, parts, strict=True))
 
     def _join(self, parts: list[Tensor | None]) -> Tensor:
@@ -168,9 +211,16 @@ class RankRun:
         assert x.task is not None
         if not self.with_steps:
             return
-        layout = self.layout(x.key.instance)
-        group = self.groups["instance"] if layout.ranks > 1 else None
-        step_task(self.tasks[x.task], layout.tp, group)
+        stage = self.stages[x.key.instance]
+        self._sum_gradients(x.task)
+        self.clock.jitter()
+        step_task(self.tasks[x.task], stage.layout.tp, stage.peers.replica)
+
+    def _sum_gradients(self, task: str) -> None:
+        holders = (s for i, s in self.stages.items() if task in self.bound.plan.instances[i].tasks)
+        state = self.tasks[task]
+        self.clock.jitter()
+        sum_gradients(next(holders).peers, state.parameters, state.replicated)
 
 
 def _launches_here(bound: Bound, rank: int) -> dict[tuple[int, int, str], tuple[Launch, ...]]:

@@ -1,4 +1,4 @@
-"""The one door of Megatron-core: process groups, and one pipeline stage of a GPTModel with multiplexed linears.
+"""The one door of Megatron-core: one pipeline stage of a GPTModel with multiplexed linears.
 
 The layer spec comes from a provider subclass. Collectives of the parallel linears are lifted out: a linear returns its
 rank's partial result and the stage runs the collective as a node of its own (executor/stage.py).
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muxtune.executor.adapters import AdapterBank
+from muxtune.executor.attention import Attending, attend
+from muxtune.executor.peers import ALONE, Alone, Peers
 from muxtune.spec.catalogue import shard
 from muxtune.spec.layout import Layout
 from muxtune.spec.model import ModelSpec
@@ -23,13 +25,13 @@ from muxtune.spec.model import ModelSpec
 with warnings.catch_warnings():
     # Megatron warns that Apex and Transformer Engine are absent and falls back to torch, which is what we want here.
     warnings.simplefilter("ignore")
-    from megatron.core import parallel_state
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
     from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
     from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, vocab_parallel_cross_entropy
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.identity_op import IdentityOp
@@ -45,27 +47,14 @@ LINEARS = {"qkv": "linear_qkv", "proj": "linear_proj", "fc1": "linear_fc1", "fc2
 
 
 class RaggedAttention(MegatronModule):  # type: ignore[misc]
-    """Causal attention over a flat token axis; sequences never see each other.
-
-    Megatron hands `attention_mask` through untouched: here it is the batch's runs, (rows, length) of neighbouring rows of
-    equal length, each one scaled-dot-product call. Query (tokens, 1, heads, head_dim), key and value with kv_heads.
-    """
+    """Attention that never crosses a sequence. Megatron hands `attention_mask` through untouched: here it is an `Attending`."""
 
     def __init__(self, config: Any, softmax_scale: float | None = None, **unused: Any) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **unused: Any) -> Tensor:
-        grouped = query.size(-2) != key.size(-2)
-        # split, not slices: the gradient of a slice is a zero tensor of full size, that of a split is one cat.
-        sizes = [rows * length for rows, length in attention_mask]
-        pieces = zip(*(x.split(sizes) if len(sizes) > 1 else (x,) for x in (query, key, value)), strict=True)
-        outs = []
-        for (rows, length), parts in zip(attention_mask, pieces, strict=True):
-            q, k, v = (x.view(rows, length, x.size(-2), x.size(-1)).transpose(1, 2) for x in parts)
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
-            outs.append(out.transpose(1, 2).reshape(rows * length, 1, -1))
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Attending, **unused: Any) -> Tensor:
+        return attend(query, key, value, attention_mask, self.scale)
 
 
 def _multiplexed(base: type[Any], column_parallel: bool) -> type[Any]:
@@ -105,23 +94,18 @@ class _Provider(LocalSpecProvider):  # type: ignore[misc]
         return False  # adapters need the normed input
 
 
-def start_parallel(layout: Layout) -> None:
-    """Build Megatron's process groups over the default group (gloo or nccl), which must have layout.ranks members."""
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp
-        )
+def _groups(peers: Peers) -> Any:
+    """What Megatron's modules ask for ranks and sizes: each instance has groups of its own, and its stages are models."""
+    found = ProcessGroupCollection()
+    found.tp = Alone() if peers.tp is None else peers.tp
+    found.pp, found.cp, found.embd, found.pos_embd = Alone(), Alone(), None, None
+    return found
 
 
-def tp_group() -> Any:
-    """Process group of the tensor-parallel peers."""
-    return parallel_state.get_tensor_model_parallel_group()
-
-
-def _config(model: ModelSpec, layout: Layout) -> Any:
+def _config(model: ModelSpec, layout: Layout, layers: int) -> Any:
     activations = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.relu}
     return TransformerConfig(
-        num_layers=model.layers,
+        num_layers=layers,
         hidden_size=model.hidden,
         ffn_hidden_size=model.ffn_hidden,
         num_attention_heads=model.heads,
@@ -133,8 +117,6 @@ def _config(model: ModelSpec, layout: Layout) -> Any:
         add_bias_linear=model.biases == "all",
         add_qkv_bias=model.biases == "qkv",
         tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        pipeline_dtype=DTYPES[model.dtype],
         params_dtype=DTYPES[model.dtype],
         use_cpu_initialization=True,
         perform_initialization=False,
@@ -176,22 +158,24 @@ def _block_spec(model: ModelSpec, layers: int) -> Any:
 
 
 def build_stage_model(
-    model: ModelSpec, layout: Layout, stage: int, tp_rank: int, device: torch.device, seed: int
+    model: ModelSpec, layout: Layout, stage: int, tp_rank: int, device: torch.device, seed: int, peers: Peers = ALONE
 ) -> Any:
     """A frozen GPTModel holding one stage's layers, with weights that depend on seed and global names only.
 
     Equal seeds give equal backbones under any layout. Tied embeddings are two frozen copies with equal values where head
     and embedding live on different stages.
     """
+    layers = len(layout.layers_of(stage))
     gpt = GPTModel(
-        config=_config(model, layout),
-        transformer_layer_spec=_block_spec(model, len(layout.layers_of(stage))),
+        config=_config(model, layout, layers),
+        transformer_layer_spec=_block_spec(model, layers),
         vocab_size=model.vocab,
         max_sequence_length=model.max_positions,
         pre_process=layout.is_first(stage),
         post_process=layout.is_last(stage),
         share_embeddings_and_output_weights=False,
         position_embedding_type="learned_absolute" if model.positions == "learned" else "none",
+        pg_collection=_groups(peers),
     )
     first_layer = layout.layers_of(stage)[0]
     for name, parameter in gpt.named_parameters():
@@ -264,10 +248,3 @@ def activation(model: ModelSpec, gpt: Any, x: Tensor) -> Tensor:
         return gpt.config.activation_func(x)  # type: ignore[no-any-return]
     gate, up = torch.chunk(x, 2, dim=-1)
     return gpt.config.activation_func(gate) * (up + gpt.config.glu_linear_offset)  # type: ignore[no-any-return]
-
-
-def token_losses(logits: Tensor, labels: Tensor, tp: int) -> Tensor:
-    """Cross entropy of each token; logits (tokens, vocab / tp), labels (tokens,)."""
-    if tp == 1:
-        return F.cross_entropy(logits.float(), labels, reduction="none")
-    return vocab_parallel_cross_entropy(logits.float()[:, None], labels[:, None])[:, 0]  # type: ignore[no-any-return]

@@ -15,8 +15,7 @@ class Hello:
     """Where a worker stands: its rank, the world, the device, the core it is pinned to (−1: not pinned)."""
 
     rank: int
-    tp: int
-    pp: int
+    ranks: int
     device: Literal["cpu", "cuda"]
     rendezvous: str
     core: int

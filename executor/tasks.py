@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from muxtune.executor.megatron import tp_group
 from muxtune.executor.peft.base import Adapter, Place, make_adapter
 from muxtune.executor.stage import StageModel
 from muxtune.spec.task import Task
@@ -84,12 +83,9 @@ def register_task(stage: StageModel, task: Task, seed: int) -> TaskState:
 def step_task(state: TaskState, layout_tp: int, group: Any | None) -> None:
     """Clip by the norm over all ranks of the instance and step; a gradient that is not finite skips the step.
 
-    `group` is the process group of the instance, None where it has one rank. Gradients of parameters that tp ranks hold
-    whole are summed first; the norm counts them once.
+    `group` is the process group of one replica, None where it has one rank. Gradients were summed before
+    (`peers.sum_gradients`); the norm counts those that tp ranks hold whole once.
     """
-    if layout_tp > 1:
-        for parameter in state.replicated:
-            torch.distributed.all_reduce(parameter.grad, group=tp_group())
     gradients = [p.grad for p in state.parameters if p.grad is not None]
     squares = torch.stack(torch._foreach_norm(gradients)).square().sum() if gradients else torch.zeros(())
     if layout_tp > 1:

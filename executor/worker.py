@@ -18,13 +18,12 @@ import torch.distributed as dist
 
 from muxtune.executor import messages
 from muxtune.executor.interpreter import RankRun
-from muxtune.executor.megatron import start_parallel
 from muxtune.executor.memory import allocation_peak, resident_bytes
+from muxtune.executor.peers import PeerGroups
 from muxtune.executor.reference import reference_ns
 from muxtune.executor.stage import StageModel
 from muxtune.executor.tasks import Array, TaskState, register_task
 from muxtune.spec.errors import InputError
-from muxtune.spec.layout import Layout
 from muxtune.spec.program import Bound
 
 
@@ -47,13 +46,12 @@ class Worker:
         torch.set_num_threads(1)
         torch.set_grad_enabled(False)
         self.device = torch.device(hello.device)
-        ranks = hello.tp * hello.pp
         timeout = datetime.timedelta(seconds=hello.timeout_s)
         backend = "nccl" if hello.device == "cuda" else "gloo"
         dist.init_process_group(
-            backend, init_method=f"file://{hello.rendezvous}", rank=hello.rank, world_size=ranks, timeout=timeout
+            backend, init_method=f"file://{hello.rendezvous}", rank=hello.rank, world_size=hello.ranks, timeout=timeout
         )
-        start_parallel(Layout(tp=hello.tp, pp=hello.pp, layers_per_stage=(1,) * hello.pp))
+        self.peers = PeerGroups(timeout=timeout)
         self.groups: dict[str, Any] = {
             name: dist.new_group(timeout=timeout) for name in ("activation", "gradient", "instance")
         }
@@ -75,10 +73,13 @@ class Worker:
         stages: dict[int, StageModel] = {}
         tasks: dict[str, TaskState] = {}
         for index, instance in enumerate(plan.instances):
+            peers = self.peers.of(instance, self.hello.rank)
+            if self.hello.rank not in instance.devices:
+                continue
             rank = instance.devices.index(self.hello.rank)
             layout = instance.layout
             stage = StageModel(
-                plan.workload.model, layout, layout.stage_of(rank), rank % layout.tp, self.device, message.seed
+                plan.workload.model, layout, layout.stage_of(rank), rank % layout.tp, self.device, message.seed, peers
             )
             stages[index] = stage
             for task_id in instance.tasks:

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from muxtune.executor.attention import Attending, whole_runs
 from muxtune.executor.data import batch_tensors
 from muxtune.executor.interpreter import RankRun
-from muxtune.executor.megatron import RaggedAttention, activation, rotate, token_losses
+from muxtune.executor.loss import token_losses
+from muxtune.executor.megatron import RaggedAttention, activation, rotate
+from muxtune.executor.peers import ALONE
 from muxtune.executor.reference import reference_ns
 from muxtune.executor.stage import StageModel
 from muxtune.executor.tasks import register_task, step_task
@@ -193,7 +196,8 @@ class Bench:
         (rows, length), (heads, kv_heads, head_dim) = case.size, case.shape
         attention = RaggedAttention(self.stage.gpt.config)
         leaves = [self._random(rows * length, 1, n, head_dim) for n in (heads, kv_heads, kv_heads)]
-        return self._graph(lambda q, k, v: attention(q, k, v, ((rows, length),)), *leaves)
+        runs = Attending(runs=whole_runs(((rows, length),)))
+        return self._graph(lambda q, k, v: attention(q, k, v, runs), *leaves)
 
     def _activation(self, case: Case) -> Callable[[], list[Part]]:
         width = case.shape[0] * (2 if self.model.gated else 1)
@@ -208,7 +212,7 @@ class Bench:
         places = torch.arange(case.size[0], device=self.device)
 
         def loss(logits: Tensor) -> Tensor:
-            return torch.stack([token_losses(logits, labels, 1)[places].sum() / 7]).sum()
+            return torch.stack([token_losses(logits, labels, ALONE, 0, lambda: None)[places].sum() / 7]).sum()
 
         return self._graph(loss, self._random(case.size[0], case.shape[0]))
 
@@ -235,7 +239,7 @@ class Bench:
 
     def _launch(self, case: Case) -> Callable[[], list[Part]]:
         run = self._rank_run()
-        run.marks = []
+        run.stamps = []
         launch = next(iter(run.launches.values()))[0]
 
         def hundred() -> None:
@@ -243,7 +247,7 @@ class Bench:
                 run.launch(0, launch, lambda: None)
 
         def many() -> list[Part]:
-            run.marks.clear()
+            run.stamps.clear()
             (_, wall_ns, cpu_ns), _ = timed("forward", hundred)
             return [(d, wall_ns // 100, cpu_ns // 100) for d in ("forward", "backward")]
 

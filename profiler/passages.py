@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from muxtune.executor.data import BatchTensors, batch_tensors
-from muxtune.executor.stage import Passage, StageModel
+from muxtune.executor.passage import Passage
+from muxtune.executor.stage import StageModel
 from muxtune.executor.tasks import register_task
 from muxtune.profiler.cases import Case, block_of, passage_batch, passage_stage
 from muxtune.spec.model import ModelSpec

@@ -135,7 +135,7 @@ def _rank_instructions(
         if action.op == "step":
             yield Instruction(op="step", key=key, task=action.task)
             continue
-        size_bytes = layout.shard_tokens(works[key].tokens) * width_bytes
+        size_bytes = sum(layout.shard_tokens(b.tokens) for b in works[key].batches) * width_bytes
         forward = action.op == "forward"
         payload, source, target = ("activation", -1, 1) if forward else ("gradient", 1, -1)
         for side, op in ((source, "recv"), (0, action.op), (target, "send")):
