@@ -20,6 +20,7 @@ from muxtune.executor import messages
 from muxtune.executor.interpreter import RankRun
 from muxtune.executor.memory import allocation_peak, resident_bytes
 from muxtune.executor.peers import PeerGroups
+from muxtune.executor.randomise import randomise
 from muxtune.executor.reference import reference_ns
 from muxtune.executor.stage import StageModel
 from muxtune.executor.tasks import Array, TaskState, register_task
@@ -85,7 +86,7 @@ class Worker:
             for task_id in instance.tasks:
                 tasks[task_id] = register_task(stage, plan.workload.task(task_id), message.seed)
         if message.random_adapters:
-            _randomise(tasks)
+            randomise(tasks, plan.workload.model.gated)
         self.loaded[message.name] = Loaded(stages, tasks, self._rank_run(message.bound, stages, tasks))
 
     def _rank_run(self, bound: Bound, stages: dict[int, StageModel], tasks: dict[str, TaskState]) -> RankRun:
@@ -147,14 +148,6 @@ class Worker:
         """Run a function of another module in this process."""
         module, _, function = message.function.partition(":")
         return getattr(importlib.import_module(module), function)(self, *message.arguments)
-
-
-def _randomise(tasks: dict[str, TaskState]) -> None:
-    """Give every parameter a random value (B too), so that every gradient is different from zero."""
-    for name in sorted(tasks):
-        for index, parameter in enumerate(tasks[name].parameters):
-            generator = torch.Generator().manual_seed(index)
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
 def _resident(loaded: Loaded) -> list[torch.Tensor]:
