@@ -47,21 +47,36 @@ class Jitter:
             time.sleep(self.random.randrange(self.most_us) / 1e6)
 
 
-def _start(exchange: Exchange, peers: Peers) -> tuple[Any, Callable[[], Tensor]]:
-    """Start a collective; (work, what gives the result once the work is done)."""
-    given, tp = exchange.tensor.contiguous(), len(peers.order)
+#: A started collective, and what gives its result once that is done.
+Started = tuple[Any, Callable[[], Tensor]]
+
+
+def _start(exchange: Exchange, peers: Peers, gloo: bool) -> Started:
+    given = exchange.tensor.contiguous()
+    if exchange.kind == "all_gather":
+        return _start_gather(given, peers)
     if exchange.kind == "all_reduce":
         return dist.all_reduce(given, group=peers.tp, async_op=True), lambda: given
-    tail = given.shape[1:]
-    sorted_already = peers.order == tuple(range(tp))
-    if exchange.kind == "reduce_scatter":
-        if not sorted_already:
-            given = given.view(tp, -1, *tail)[list(peers.order)].view(-1, *tail)
-        part = given.new_empty(given.size(0) // tp, *tail)
-        return _scatter(part, given, group=peers.tp, async_op=True), lambda: part
+    return _start_scatter(given, peers, gloo)
+
+
+def _start_scatter(given: Tensor, peers: Peers, gloo: bool) -> Started:
+    tp, tail = len(peers.order), given.shape[1:]
+    if gloo:
+        # gloo's own reduce_scatter is this all_reduce too, but its work cannot say when it was done.
+        mine = peers.order[peers.tp.rank()]
+        return dist.all_reduce(given, group=peers.tp, async_op=True), lambda: given.chunk(tp)[mine].clone()
+    if peers.order != tuple(range(tp)):
+        given = given.view(tp, -1, *tail)[list(peers.order)].view(-1, *tail)
+    part = given.new_empty(given.size(0) // tp, *tail)
+    return _scatter(part, given, group=peers.tp, async_op=True), lambda: part
+
+
+def _start_gather(given: Tensor, peers: Peers) -> Started:
+    tp, tail = len(peers.order), given.shape[1:]
     whole = given.new_empty(given.size(0) * tp, *tail)
     work = _gather(whole, given, group=peers.tp, async_op=True)
-    if sorted_already:
+    if peers.order == tuple(range(tp)):
         return work, lambda: whole
     places = [peers.order.index(i) for i in range(tp)]
     return work, lambda: whole.view(tp, -1, *tail)[places].view(-1, *tail)
@@ -102,7 +117,7 @@ class HostComm:
         """Start a collective without waiting for it."""
         self.jitter()
         start_ns, done_ns = time.perf_counter_ns(), []
-        work, result = _start(exchange, peers)
+        work, result = _start(exchange, peers, gloo=True)
         work.get_future().add_done_callback(lambda _: done_ns.append(time.perf_counter_ns()))
         self.jitter()
 
@@ -148,7 +163,7 @@ class StreamComm:
         self.side.wait_stream(self.cuda.current_stream(self.device))
         with self.cuda.stream(self.side):
             begin = self.stamp()
-            work, result = _start(exchange, peers)
+            work, result = _start(exchange, peers, gloo=False)
             work.wait()  # the second stream waits, not the host
             end = self.stamp()
         exchange.tensor.record_stream(self.side)
