@@ -54,7 +54,7 @@ class WorkerGroup:
             ]
             self.connections = self._accept(listener)
         cores = sorted(os.sched_getaffinity(0))
-        rendezvous = str(Path(self.folder.name) / "rendezvous")
+        rendezvous = f"file://{Path(self.folder.name) / 'rendezvous'}"
         for rank, connection in enumerate(self.connections):
             core = cores[rank % len(cores)] if pin and device == "cpu" else -1
             connection.send(

@@ -50,7 +50,7 @@ class Worker:
         timeout = datetime.timedelta(seconds=hello.timeout_s)
         backend = "nccl" if hello.device == "cuda" else "gloo"
         dist.init_process_group(
-            backend, init_method=f"file://{hello.rendezvous}", rank=hello.rank, world_size=hello.ranks, timeout=timeout
+            backend, init_method=hello.rendezvous, rank=hello.rank, world_size=hello.ranks, timeout=timeout
         )
         self.peers = PeerGroups(timeout=timeout)
         self.groups: dict[str, Any] = {

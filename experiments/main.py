@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from muxtune.executor.torchrun import leads
 from muxtune.experiments.cli import Answer, app
 from muxtune.spec.errors import InputError, MuxtuneError, NoAnswerError
 
@@ -57,8 +58,9 @@ def _say(found: Answer | str | None) -> int:
         text = json_text(found.body) if found.as_json else found.show(found.body)
     else:
         text = found or ""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    if leads():
+        sys.stdout.write(text)
+        sys.stdout.flush()
     return NoAnswerError.exit_code if isinstance(found, Answer) and not found.ok else 0
 
 

@@ -13,7 +13,9 @@ from typing import Any, Literal
 import torch
 
 from muxtune.executor.group import WorkerGroup, measured_timeline, require_runnable
+from muxtune.executor.joined import open_group
 from muxtune.executor.messages import Inspect, Inspection, Rebind, Unload
+from muxtune.executor.torchrun import leads
 from muxtune.experiments.commands.inputs import Progress, output_file, output_folder, read_plan, silent
 from muxtune.experiments.console import json_text, render, table
 from muxtune.profiler.provenance import birth
@@ -23,7 +25,6 @@ from muxtune.spec.check import require_valid
 from muxtune.spec.chrome import chrome_trace
 from muxtune.spec.errors import InputError, NoAnswerError
 from muxtune.spec.files import write_text
-from muxtune.spec.layout import Layout
 from muxtune.spec.memory import rank_peaks
 from muxtune.spec.noun import plain
 from muxtune.spec.plan import Plan
@@ -56,19 +57,21 @@ def run(
     traces += [output_folder(out) / "trace.json"] if out else []
     found = read_plan(plan)
     require_valid(found, seed, str(plan))
-    layout = _common_layout(found)
+    ranks = _ranks(found)
     if found.residency == "swapped":
         raise InputError(f"{plan}: residency `swapped`: the executor keeps every backbone; use `resident`")
     steps = math.lcm(*(i.steps for i in found.instances))
     bounds = [bind(found, seed=seed, steps=steps, first_step=i * steps) for i in range(iterations)]
-    _require_room(bounds[0], device, layout.ranks)
-    with WorkerGroup(layout, device) as group:
+    _require_room(bounds[0], device, ranks)
+    with open_group(ranks, device) as group:
         peaks = _memory_pass(group, bounds[0], seed)
         progress("execute", 0, iterations)
         timelines = _passes(group, bounds, seed, progress)
         inspections: list[Inspection] = group.ask(Inspect(name="plan"))
     body = _body(found, bounds, timelines, inspections, device)
     body |= {"peak_bytes": max(peaks), "peak_bytes_per_rank": peaks, "seed": seed, "provenance": plain(birth(device))}
+    if not leads():
+        return body
     for path in traces:
         write_text(path, json.dumps(chrome_trace([(f"{found.made_by.policy} (measured)", timelines[-1])])))
     if out:
@@ -76,15 +79,11 @@ def run(
     return body
 
 
-def _common_layout(plan: Plan) -> Layout:
-    layout = plan.instances[0].layout
+def _ranks(plan: Plan) -> int:
+    """Worker processes that a plan needs: one for each device up to the last that it uses."""
     for instance in plan.instances:
         require_runnable(instance)
-        if (instance.layout.tp, instance.layout.pp) != (layout.tp, layout.pp):
-            raise InputError(
-                f"instance {instance.name}: the executor runs instances of one tp and pp, not of several: plan again"
-            )
-    return layout
+    return 1 + max(d for i in plan.instances for d in i.devices)
 
 
 def _require_room(bound: Bound, device: Device, ranks: int) -> None:
@@ -133,7 +132,7 @@ def _body(
     low, middle, high = _quantiles(times)
     tasks = [t.task_id for t in plan.workload.tasks]
     # Losses are known where the head is: on the ranks of the last stage.
-    reports = {t: max((i.reports[t] for i in inspections), key=lambda r: len(r.losses)) for t in tasks}
+    reports = {t: max((i.reports[t] for i in inspections if t in i.reports), key=lambda r: len(r.losses)) for t in tasks}
     billed_len = [(t.task_id, t.billed_len_tokens) for t in plan.workload.tasks]
     _, billed, _ = count_tokens((b for x in bounds for w in x.program.units for b in w.batches), billed_len)
     return {

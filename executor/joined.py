@@ -1,0 +1,60 @@
+"""JoinedGroup: ranks that torchrun started, one in each process; every process sends the same messages, each answers for itself."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+from muxtune.executor import messages
+from muxtune.executor.group import WorkerGroup
+from muxtune.executor.torchrun import torchrun_rank
+from muxtune.executor.worker import Worker
+from muxtune.spec.errors import InputError
+
+
+class JoinedGroup(WorkerGroup):
+    """This process's rank, and the answers of all. An error ends the process, and torchrun the others."""
+
+    def __init__(self, ranks: int, device: Literal["cpu", "cuda"] = "cpu", timeout_s: float = 120.0) -> None:
+        world = int(os.environ["WORLD_SIZE"])
+        if world != ranks:
+            raise InputError(f"torchrun started {world} processes, the plan has {ranks} ranks: use --nproc-per-node {ranks}")
+        self.ranks = ranks
+        self.worker = Worker(
+            messages.Hello(
+                rank=torchrun_rank() or 0,
+                ranks=ranks,
+                device=device,
+                rendezvous="env://",
+                core=-1,
+                timeout_s=timeout_s,
+            )
+        )
+
+    def ask(self, message: Any) -> list[Any]:
+        """Answer a message as this rank and return the answers of all ranks, in rank order."""
+        answer = self.worker.answers[type(message)](message)
+        found: list[Any] = [None] * self.ranks
+        dist.all_gather_object(found, answer)
+        return found
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+
+
+def open_group(ranks: int, device: Literal["cpu", "cuda"] = "cpu", timeout_s: float = 120.0) -> WorkerGroup:
+    """The ranks that torchrun started, if it started this process; otherwise new worker processes."""
+    if torchrun_rank() is None:
+        return WorkerGroup(ranks, device, timeout_s)
+    return JoinedGroup(ranks, device, timeout_s)
