@@ -141,8 +141,9 @@ class Worker:
         return found
 
     def poison(self, message: messages.Poison) -> None:
-        """NaN into one task's first adapter parameter."""
-        self.loaded[message.name].tasks[message.task].parameters[0].fill_(float("nan"))
+        """NaN into one task's first adapter parameter, on the ranks that hold the task."""
+        if message.task in self.loaded[message.name].tasks:
+            self.loaded[message.name].tasks[message.task].parameters[0].fill_(float("nan"))
 
     def call(self, message: messages.Call) -> Any:
         """Run a function of another module in this process."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -166,3 +166,37 @@ def tiny_state() -> Callable[..., SystemState]:
 def fake_cost() -> Callable[..., Any]:
     """Factory of cost models by formula: `fake_cost(fixed_ns=…, flops_per_ns=…, launch_host_ns=…)`."""
     return FakeCost
+
+
+class RankPool:
+    """Four worker processes that every test may use; a failure closes them, and the next test starts new ones."""
+
+    def __init__(self) -> None:
+        self.group: Any = None
+
+    def get(self) -> Any:
+        """The running group."""
+        from muxtune.executor.group import WorkerGroup  # noqa: PLC0415 # tests of the lower floors run without torch
+
+        if self.group is None or self.group.log.closed:
+            self.group = WorkerGroup(4)
+        return self.group
+
+    def close(self) -> None:
+        """End the processes."""
+        if self.group is not None and not self.group.log.closed:
+            self.group.close()
+
+
+@pytest.fixture(scope="session")
+def rank_pool() -> Iterator[RankPool]:
+    """One pool for the whole run."""
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def workers(rank_pool: RankPool) -> Any:
+    """A WorkerGroup of four ranks; instances use any of them."""
+    return rank_pool.get()

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 
-from muxtune.executor.group import WorkerGroup
-from muxtune.executor.messages import Gradients
+from muxtune.executor.group import WorkerGroup, measured_timeline
+from muxtune.executor.messages import Call, Gradients, Inspect, Inspection, Poison
 from muxtune.executor.tasks import Array
 from muxtune.policies.base import SystemState
 from muxtune.policies.build import make_instance
 from muxtune.spec.align import Alignment
-from muxtune.spec.bind import bind
+from muxtune.spec.bind import bind, serial_launches
 from muxtune.spec.check import check
 from muxtune.spec.cluster import parse_cluster
 from muxtune.spec.layout import even_layout
 from muxtune.spec.lengths import embedded_length
 from muxtune.spec.model import model_preset
 from muxtune.spec.peft.lora import LoRA
-from muxtune.spec.plan import Plan
+from muxtune.spec.plan import Instance, Plan
 from muxtune.spec.task import Task, Workload
 
 pytestmark = pytest.mark.dist
@@ -42,7 +43,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }
 GROUPINGS = {
     "fused": ([["a", "b", "c"]], [[0]]),
-    "interleaved": ([["a", "b"], ["c"]], [[0, 1]]),
+    "interleaved": ([["a"], ["b", "c"]], [[1, 0]]),
     "reordered": ([["c"], ["b"], ["a"]], [[2, 1], [0]]),
 }
 ALIGNMENTS: dict[str, tuple[Alignment, int]] = {
@@ -88,16 +89,23 @@ def make_plan(
         workload=workload, cluster=parse_cluster("4xcpu"), layout=even_layout(spec, **degrees), microbatches=microbatches
     )
     instance = make_instance(state, "i", groups, buckets, *ALIGNMENTS[alignment])
-    plan = Plan(workload=workload, cluster=state.cluster, instances=(replace(instance, devices=devices, **changes),))
+    instance = interleaved(replace(instance, devices=devices, **changes))
+    plan = Plan(workload=workload, cluster=state.cluster, instances=(instance,))
     assert check(plan) == ()
     return plan
 
 
-@pytest.fixture(scope="module")
-def workers() -> Iterator[WorkerGroup]:
-    """Four ranks for all tests of this file."""
-    with WorkerGroup(4) as group:
-        yield group
+def interleaved(instance: Instance) -> Instance:
+    """The hTasks of a bucket subgraph by subgraph in turn, so that one's collective runs under the other's compute."""
+    buckets = []
+    for bucket in instance.buckets:
+        lists = []
+        for stage in range(instance.layout.pp):
+            for serial in serial_launches(instance, bucket, stage):
+                order = tuple(sorted(serial.launches, key=lambda x: (x.subgraph, x.htask)))
+                lists.append(replace(serial, launches=order))
+        buckets.append(replace(bucket, launches=tuple(lists)))
+    return replace(instance, buckets=tuple(buckets))
 
 
 Found = dict[str, dict[str, Array]]
@@ -150,9 +158,9 @@ def assert_equal(found: Found, expected: Found) -> None:
 
 
 @pytest.fixture(scope="module")
-def solo(workers: WorkerGroup) -> Found:
+def solo(rank_pool: Any) -> Found:
     """Each task alone on one rank, padded."""
-    return {t: gradients(workers, make_plan(groups=[[t]]))[t] for t in "abc"}
+    return {t: gradients(rank_pool.get(), make_plan(groups=[[t]]))[t] for t in "abc"}
 
 
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
@@ -163,3 +171,104 @@ def test_gradients_are_those_of_the_task_alone_on_one_rank(
 ) -> None:
     groups, buckets = GROUPINGS[grouping]
     assert_equal(gradients(workers, make_plan(layout, groups, buckets, alignment)), solo)
+
+
+def train(workers: WorkerGroup, plan: Plan, steps: int, poisoned: str = "", seed: int = 3) -> list[Inspection]:
+    """Run a plan's Program some times; the ranks' reports and parameters."""
+    workers.load("x", bind(plan, seed=seed))
+    if poisoned:
+        workers.ask(Poison(name="x", task=poisoned))
+    for _ in range(steps):
+        workers.run("x")
+    return workers.ask(Inspect(name="x", state=True))
+
+
+def curves(inspections: Sequence[Inspection]) -> dict[str, tuple[float, ...]]:
+    """Losses of every task, from the ranks that know them, which must agree."""
+    found: dict[str, tuple[float, ...]] = {}
+    for inspection in inspections:
+        for task, report in inspection.reports.items():
+            if report.losses:
+                assert found.setdefault(task, report.losses) == report.losses
+    return found
+
+
+@pytest.fixture(scope="module")
+def solo_curves(rank_pool: Any) -> dict[str, tuple[float, ...]]:
+    """Four steps of each task alone on one rank, padded."""
+    return {t: curves(train(rank_pool.get(), make_plan(groups=[[t]]), 4))[t] for t in "abc"}
+
+
+@pytest.mark.parametrize("alignment", ["pad", "chunks"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_curves_are_those_of_the_task_alone_on_one_rank(
+    workers: WorkerGroup, solo_curves: dict[str, tuple[float, ...]], layout: str, alignment: str
+) -> None:
+    found = curves(train(workers, make_plan(layout, *GROUPINGS["interleaved"], alignment), 4))
+    for task, expected in solo_curves.items():
+        assert expected[3] < expected[0]
+        assert found[task] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize("layout", ["1 rank", "pp=2", "tp=2", "tp=2 pp=2", "dp=2", "tp=2 pp=2 sp"])
+def test_nan_of_one_task_leaves_the_others_bit_identical(workers: WorkerGroup, layout: str, alignment: str) -> None:
+    plan = make_plan(layout, *GROUPINGS["interleaved"], alignment)
+    clean, poisoned = train(workers, plan, 2), train(workers, plan, 2, "b")
+    for rank in plan.instances[0].devices:
+        assert poisoned[rank].reports["b"].skipped == 2
+        for task in "ac":
+            assert poisoned[rank].reports[task].skipped == 0
+            for name, tensor in clean[rank].state[task].items():
+                assert np.array_equal(tensor, poisoned[rank].state[task][name]), (rank, task, name)
+
+
+def test_layer_norms_biases_and_learned_positions_under_sequence_parallelism(workers: WorkerGroup) -> None:
+    single = gradients(workers, make_plan(model="tiny-gpt2"))
+    for alignment in ("pad", "chunks"):
+        found = gradients(workers, make_plan("tp=2 pp=2 sp", *GROUPINGS["interleaved"], alignment, model="tiny-gpt2"))
+        assert_equal(found, single)
+
+
+@pytest.mark.parametrize("layout", ["tp=2 pp=2", "tp=2 pp=2 sp", "dp=2 tp=2"])
+def test_random_delays_around_everything_that_meets_change_no_bit(workers: WorkerGroup, layout: str) -> None:
+    plan = make_plan(layout, [["a"], ["b"], ["c"]], [[0, 1], [2]], "chunks")
+    wanted = train(workers, plan, 2)
+    for seed in (1, 2):
+        workers.load("x", bind(plan, seed=3))
+        workers.ask(Call(function="muxtune.executor.comm:delay_collectives", arguments=("x", seed, 300)))
+        for _ in range(2):
+            workers.run("x")
+        for found, expected in zip(workers.ask(Inspect(name="x", state=True)), wanted, strict=True):
+            assert found.reports == expected.reports
+            for task, state in expected.state.items():
+                assert all(np.array_equal(found.state[task][name], tensor) for name, tensor in state.items())
+
+
+def test_collectives_run_under_the_compute_of_another_htask_and_spans_say_so(workers: WorkerGroup) -> None:
+    plan = make_plan("tp=2", [["a"], ["b"], ["c"]], [[0, 1, 2]], model="tiny-llama")
+    bound = bind(plan, seed=3)
+    workers.load("x", bound)
+    workers.run("x")
+    timeline = measured_timeline(bound, workers.run("x"))
+    launched = {(x.bucket, x.direction): x.launches for x in bound.program.launches}
+    hidden_ns = 0
+    for rank in plan.instances[0].devices:
+        for whole_span in timeline.instruction_spans(rank):
+            if whole_span.op not in ("forward", "backward"):
+                continue
+            inner = [s for s in timeline.spans if (s.rank, s.index) == (rank, whole_span.index) and s.subgraph >= 0]
+            assert all(whole_span.start_ns <= s.start_ns <= s.end_ns <= whole_span.end_ns for s in inner)
+            compute = sorted((s for s in inner if s.stream == "compute"), key=lambda s: s.start_ns)
+            assert all(a.end_ns <= b.start_ns for a, b in pairwise(compute))
+            order = [x.subgraph for x in launched[whole_span.key.bucket, whole_span.op] if x.stream == "compute"]
+            assert [s.subgraph for s in compute] == order
+            for collective in (s for s in inner if s.stream == "comm"):
+                own = [s for s in compute if s.tasks == collective.tasks]
+                assert all(s.end_ns <= collective.start_ns for s in own if s.subgraph < collective.subgraph)
+                assert all(s.start_ns >= collective.end_ns for s in own if s.subgraph > collective.subgraph)
+                others = (s for s in compute if s.tasks != collective.tasks)
+                hidden_ns += sum(
+                    max(0, min(s.end_ns, collective.end_ns) - max(s.start_ns, collective.start_ns)) for s in others
+                )
+    assert hidden_ns > 0
