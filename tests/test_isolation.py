@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,17 +18,21 @@ import pytest
 from muxtune.executor.group import WorkerGroup, measured_timeline
 from muxtune.executor.messages import Call, Gradients, Inspect, Inspection, Poison
 from muxtune.executor.tasks import Array
-from muxtune.policies.base import SystemState
+from muxtune.policies.base import SystemState, make_policy
 from muxtune.policies.build import make_instance
+from muxtune.sim.cost.roofline import Roofline
+from muxtune.sim.simulate import make_evaluate
 from muxtune.spec.align import Alignment
 from muxtune.spec.bind import bind, serial_launches
 from muxtune.spec.check import check
 from muxtune.spec.cluster import parse_cluster
+from muxtune.spec.files import write_noun
 from muxtune.spec.layout import even_layout
 from muxtune.spec.lengths import embedded_length
 from muxtune.spec.model import model_preset
+from muxtune.spec.order import bucket_major, chunks_of, one_f_one_b
 from muxtune.spec.peft.lora import LoRA
-from muxtune.spec.plan import Instance, Plan
+from muxtune.spec.plan import Action, Instance, Plan, StageOrder
 from muxtune.spec.task import Task, Workload
 
 pytestmark = pytest.mark.dist
@@ -272,3 +281,102 @@ def test_collectives_run_under_the_compute_of_another_htask_and_spans_say_so(wor
                     max(0, min(s.end_ns, collective.end_ns) - max(s.start_ns, collective.start_ns)) for s in others
                 )
     assert hidden_ns > 0
+
+
+@pytest.fixture(scope="module")
+def two_steps(rank_pool: Any) -> tuple[dict[str, tuple[float, ...]], Found]:
+    """Losses of two steps with fresh samples on one rank, and the adapters after them."""
+    return two_step_run(rank_pool.get(), make_plan(microbatches=1))
+
+
+def two_step_run(workers: WorkerGroup, plan: Plan) -> tuple[dict[str, tuple[float, ...]], Found]:
+    """Run a Program of two optimizer steps once; losses, and adapters put together instance by instance."""
+    workers.load("x", bind(plan, seed=3, steps=2))
+    workers.run("x")
+    inspections = workers.ask(Inspect(name="x", state=True))
+    states: Found = {}
+    for instance in plan.instances:
+        mine = [{t: i.state[t] for t in instance.tasks if t in i.state} for i in inspections]
+        states |= whole(replace(plan, instances=(instance,)), mine)
+    return curves(inspections), states
+
+
+def planned(policy: str, layout: str) -> Plan:
+    """A policy's plan for the three tasks, on the layout's devices."""
+    degrees, _ = LAYOUTS[layout]
+    model = model_preset("tiny-test")
+    workload = Workload(name="w", model=model, datasets=(embedded_length("sst2"),), tasks=tasks())
+    cluster, cost = parse_cluster("4xcpu"), Roofline()
+    state = SystemState(
+        workload=workload,
+        cluster=cluster,
+        layout=even_layout(model, **degrees),
+        microbatches=2,
+        evaluate=make_evaluate(cost, 0, draws=1),
+    )
+    return make_policy(policy, cost).plan(state)
+
+
+@pytest.mark.parametrize("layout", ["1 rank", "tp=2 pp=2", "dp=2 pp=2"])
+@pytest.mark.parametrize("policy", ["lorafusion:steps=2", "muxtune:alignment=chunk,chunk=8", "temporal", "hf-peft"])
+def test_whatever_a_policy_plans_trains_every_task_alike(
+    workers: WorkerGroup, two_steps: tuple[dict[str, tuple[float, ...]], Found], policy: str, layout: str
+) -> None:
+    """Tasks that step under each other's drains (R = 2), eager orders with chunks, tasks in turn, a backbone a task."""
+    losses, states = two_step_run(workers, planned(policy, layout))
+    for task, expected in two_steps[0].items():
+        assert losses[task] == pytest.approx(expected, abs=1e-4)
+        for name, tensor in two_steps[1][task].items():
+            assert states[task][name] == pytest.approx(tensor, abs=2e-4), (task, name)
+
+
+def test_a_step_between_other_tasks_units_gives_the_same_bits(workers: WorkerGroup) -> None:
+    """Two steps in one order, each task stepping as soon as its backwards are done, against one step a pass."""
+    plan = make_plan("pp=2", [["a"], ["b"], ["c"]], [[0], [1], [2]], "chunks")
+    (instance,) = plan.instances
+    free = replace(plan, instances=(replace(instance, order="explicit", orders=free_steps(instance), steps=2),))
+    assert check(free) == ()
+    stage = free.instances[0].orders[0].actions
+    first_step = next(i for i, a in enumerate(stage) if a.op == "step")
+    assert any(a.op == "backward" and a.step == 0 for a in stage[first_step:])
+    one, other = two_step_run(workers, plan), two_step_run(workers, free)
+    assert one[0] == other[0]
+    for task, state in one[1].items():
+        assert all(np.array_equal(other[1][task][name], tensor) for name, tensor in state.items())
+
+
+def free_steps(instance: Instance) -> tuple[StageOrder, ...]:
+    """1F1B over two steps without a flush; a task's step stands right behind its last backward of it."""
+    buckets = instance.buckets * 2
+    orders = one_f_one_b(bucket_major(buckets), instance.layout.pp, chunks=chunks_of(replace(instance, buckets=buckets)))
+    return tuple(replace(o, actions=tuple(_with_steps(instance, o.actions))) for o in orders)
+
+
+def _with_steps(instance: Instance, actions: Sequence[Action]) -> Iterator[Action]:
+    count = len(instance.buckets)
+    real = [replace(a, bucket=a.bucket % count, step=a.bucket // count) for a in actions]
+    for index, action in enumerate(real):
+        yield action
+        later = real[index + 1 :]
+        if action.op == "backward" and not any(
+            (x.op, x.bucket, x.step) == ("backward", action.bucket, action.step) for x in later
+        ):
+            (htask,) = instance.buckets[action.bucket].htasks
+            for task in instance.htasks[htask].tasks:
+                yield Action(op="step", task=task, step=action.step)
+
+
+def test_torchrun_trains_like_workers(workers: WorkerGroup, tmp_path: Path) -> None:
+    plan = make_plan("dp=2", microbatches=1)
+    write_noun(plan, tmp_path / "plan.json")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "muxtune.experiments.main"]
+    command += ["execute", str(tmp_path / "plan.json"), "--iterations", "1", "--seed", "3", "--json"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout)
+    assert found["ranks"] == 2
+    workers.load("x", bind(plan, seed=3), seed=3)
+    workers.run("x")
+    expected = curves(workers.ask(Inspect(name="x")))
+    assert {t: tuple(x) for t, x in found["losses"].items()} == expected
