@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muxtune.spec.program import Instruction
+from muxtune.spec.program import Instruction, Program
 
 
 class Channels:
@@ -75,3 +75,20 @@ class Channels:
         for work, _ in self.sent:
             work.wait()
         self.sent = []
+
+
+def connect(program: Program, rank: int, groups: dict[str, Any], device: torch.device) -> None:
+    """Send one number along every channel, edge after edge in one order on all ranks.
+
+    NCCL makes a pair's communicator at its first message, and both ends must be there: receives posted ahead would wait for
+    each other.
+    """
+    edges = sorted(
+        {(x.payload or "", r.rank, x.peer or 0) for r in program.ranks for x in r.instructions if x.op == "send"}
+    )
+    for payload, source, target in edges:
+        token = torch.zeros(1, device=device)
+        if rank == source:
+            dist.send(token, dst=target, group=groups[payload])
+        elif rank == target:
+            dist.recv(token, src=source, group=groups[payload])

@@ -5,6 +5,7 @@ A collective that was started is settled (waited for, then used) right before th
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable
@@ -155,7 +156,8 @@ class StreamComm:
         """Nanoseconds of an event by the machine's clock; waits until it has happened."""
         assert self.anchor is not None
         stamp.synchronize()
-        return self.anchor[1] + round(self.anchor[0].elapsed_time(stamp) * 1e6)
+        since_ms: float = self.anchor[0].elapsed_time(stamp)
+        return self.anchor[1] + round(since_ms * 1e6)
 
     def start(self, exchange: Exchange, peers: Peers) -> Pending:
         """Start a collective on the second stream, after all compute that was launched before."""
@@ -181,6 +183,15 @@ class StreamComm:
 
 
 Comm = HostComm | StreamComm
+
+
+def own_device(kind: str, rank: int, cuda: Any = torch.cuda) -> torch.device:
+    """The device of a rank: each rank of a node has a GPU of its own, and makes it the current one."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", rank))
+    cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def make_comm(device: torch.device) -> Comm:

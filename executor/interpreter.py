@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muxtune.executor.channels import Channels
+from muxtune.executor.channels import Channels, connect
 from muxtune.executor.comm import Pending, make_comm
 from muxtune.executor.data import response_counts
 from muxtune.executor.megatron import DTYPES
@@ -60,6 +60,7 @@ class RankRun:
         self.launches = _launches_here(bound, rank)
         self.denominators = response_counts(bound.program)
         self.tensors = unit_tensors(bound, {x.key for x in self.instructions if x.op == "forward"}, device)
+        connect(bound.program, rank, groups, device)
         self.clock = next((stage.comm for stage in stages.values()), make_comm(device))
         self.run_op: dict[str, Callable[[Instruction, int], None]] = {
             "recv": self._recv,

@@ -1,4 +1,4 @@
-"""JoinedGroup: ranks that torchrun started, one in each process; every process sends the same messages, each answers for itself."""
+"""JoinedGroup: ranks that torchrun started; every process sends the same messages and answers for its own rank."""
 
 from __future__ import annotations
 
@@ -21,15 +21,19 @@ class JoinedGroup(WorkerGroup):
     def __init__(self, ranks: int, device: Literal["cpu", "cuda"] = "cpu", timeout_s: float = 120.0) -> None:
         world = int(os.environ["WORLD_SIZE"])
         if world != ranks:
-            raise InputError(f"torchrun started {world} processes, the plan has {ranks} ranks: use --nproc-per-node {ranks}")
+            raise InputError(
+                f"torchrun started {world} processes, the plan has {ranks} ranks: use --nproc-per-node {ranks}"
+            )
         self.ranks = ranks
+        cores = sorted(os.sched_getaffinity(0))
+        local = int(os.environ.get("LOCAL_RANK", "0"))
         self.worker = Worker(
             messages.Hello(
                 rank=torchrun_rank() or 0,
                 ranks=ranks,
                 device=device,
                 rendezvous="env://",
-                core=-1,
+                core=cores[local % len(cores)] if device == "cpu" else -1,
                 timeout_s=timeout_s,
             )
         )

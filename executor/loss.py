@@ -25,9 +25,7 @@ class _ShardedCrossEntropy(torch.autograd.Function):
     """Megatron's own works for its one global tensor-parallel group only; instances here each have theirs."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, first: int, group: Any, jitter: Callable[[], None]
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, first: int, group: Any, jitter: Callable[[], None]) -> Tensor:
         largest = logits.amax(-1)
         jitter()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)

@@ -14,9 +14,7 @@ from muxtune.spec.align import Batch, Row
 from muxtune.spec.program import Bound, UnitKey
 
 
-def unit_tensors(
-    bound: Bound, mine: Set[UnitKey], device: torch.device
-) -> dict[UnitKey, dict[int, BatchTensors]]:
+def unit_tensors(bound: Bound, mine: Set[UnitKey], device: torch.device) -> dict[UnitKey, dict[int, BatchTensors]]:
     """(unit, chunk) → hTask → tensors, for the units that this rank computes."""
     works = [w for w in bound.program.units if w.key in mine]
     samples = whole_rows(works)

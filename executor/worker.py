@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from muxtune.executor import messages
+from muxtune.executor.comm import own_device
 from muxtune.executor.interpreter import RankRun
 from muxtune.executor.memory import allocation_peak, resident_bytes
 from muxtune.executor.peers import PeerGroups
@@ -46,7 +47,7 @@ class Worker:
             os.sched_setaffinity(0, {hello.core})
         torch.set_num_threads(1)
         torch.set_grad_enabled(False)
-        self.device = torch.device(hello.device)
+        self.device = own_device(hello.device, hello.rank)
         timeout = datetime.timedelta(seconds=hello.timeout_s)
         backend = "nccl" if hello.device == "cuda" else "gloo"
         dist.init_process_group(
@@ -101,7 +102,7 @@ class Worker:
         """Run a Program once after a barrier; the reference is timed before and after, outside the Program."""
         loaded = self.loaded[message.name]
         static_bytes = peak_bytes = None
-        before_ns = reference_ns()
+        before_ns = reference_ns(self.device)
         dist.barrier(group=self.groups["instance"])
         cpu_ns, wall_ns = time.thread_time_ns(), time.perf_counter_ns()
         if message.memory:
@@ -113,7 +114,7 @@ class Worker:
         return messages.RankResult(
             rank=self.hello.rank,
             marks=tuple(loaded.run.marks),
-            reference_ns=(before_ns + reference_ns()) // 2,
+            reference_ns=(before_ns + reference_ns(self.device)) // 2,
             cpu_ns=cpu_ns,
             wall_ns=wall_ns,
             static_bytes=static_bytes,

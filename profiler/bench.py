@@ -62,10 +62,10 @@ def prepare(worker: Worker, model: ModelSpec, tasks: dict[str, Task], cases: Seq
 def measure_round(worker: Worker) -> list[Timed]:
     """One pass over all cases."""
     rows: list[Timed] = []
-    reference = reference_ns()
+    reference = reference_ns(worker.device)
     for index, (run, warmed) in enumerate(worker.bench):  # type: ignore[attr-defined]
         if index % REFERENCE_EVERY == 0:
-            reference = reference_ns()
+            reference = reference_ns(worker.device)
         if warmed:
             run()
         rows += [Timed(index, direction, wall_ns, cpu_ns, reference) for direction, wall_ns, cpu_ns in run()]

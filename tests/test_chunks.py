@@ -11,8 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muxtune.executor.group import require_runnable
-from muxtune.experiments.commands import execute
 from muxtune.policies.base import SystemState, make_policy
 from muxtune.policies.build import make_instance
 from muxtune.policies.surrogate import Surrogate
@@ -29,7 +27,7 @@ from muxtune.spec.align import chunk_rule, count_tokens, cut_packs, first_fit_de
 from muxtune.spec.bind import bind, stage_orders
 from muxtune.spec.check import check, check_program
 from muxtune.spec.cluster import DeviceSpec, Link, device_presets
-from muxtune.spec.errors import ExtrapolationError, InputError, PlanError
+from muxtune.spec.errors import ExtrapolationError, PlanError
 from muxtune.spec.files import read_noun, write_noun
 from muxtune.spec.memory import MemoryWalk, rank_peaks
 from muxtune.spec.ops import Op
@@ -431,17 +429,3 @@ def test_peak_of_equal_chunks_is_what_check_finds(packs: int, pp: int, tiny_stat
     surrogate = Surrogate(Roofline(), state, "chunk", 64)
     walked = [p.peak_bytes for p in rank_peaks(bind(chunked(state, [["t0"]], [[0]], 64), seed=0))]
     assert [surrogate.peak_bytes(("t0",), s) for s in range(pp)] == walked
-
-
-def test_the_executor_refuses_chunks_before_it_starts_a_process(
-    four_chunks: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    refusal = (
-        "the hTask of t0 has alignment `chunk`, which only the simulator runs so far; plan again with alignment=pad"
-    )
-    with pytest.raises(InputError, match=refusal):
-        require_runnable(four_chunks.instances[0])
-    write_noun(four_chunks, tmp_path / "plan.json")
-    monkeypatch.setattr(execute, "WorkerGroup", None)
-    with pytest.raises(InputError, match=refusal):
-        execute.run(tmp_path / "plan.json")

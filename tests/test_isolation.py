@@ -95,7 +95,10 @@ def make_plan(
     mine = tuple(t for t in tasks() if t.task_id in names)
     workload = Workload(name="w", model=spec, datasets=(embedded_length("sst2"),), tasks=mine)
     state = SystemState(
-        workload=workload, cluster=parse_cluster("4xcpu"), layout=even_layout(spec, **degrees), microbatches=microbatches
+        workload=workload,
+        cluster=parse_cluster("4xcpu"),
+        layout=even_layout(spec, **degrees),
+        microbatches=microbatches,
     )
     instance = make_instance(state, "i", groups, buckets, *ALIGNMENTS[alignment])
     instance = interleaved(replace(instance, devices=devices, **changes))
@@ -172,8 +175,10 @@ def solo(rank_pool: Any) -> Found:
     return {t: gradients(rank_pool.get(), make_plan(groups=[[t]]))[t] for t in "abc"}
 
 
-@pytest.mark.parametrize("alignment", ALIGNMENTS)
-@pytest.mark.parametrize("grouping", GROUPINGS)
+CASES = [(g, a) for g in GROUPINGS for a in ALIGNMENTS if g == "interleaved" or a in ("varlen", "chunks")]
+
+
+@pytest.mark.parametrize(("grouping", "alignment"), CASES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_are_those_of_the_task_alone_on_one_rank(
     workers: WorkerGroup, solo: Found, layout: str, grouping: str, alignment: str
@@ -260,7 +265,7 @@ def test_collectives_run_under_the_compute_of_another_htask_and_spans_say_so(wor
     workers.load("x", bound)
     workers.run("x")
     timeline = measured_timeline(bound, workers.run("x"))
-    launched = {(x.bucket, x.direction): x.launches for x in bound.program.launches}
+    launched = {f"{x.bucket} {x.direction}": x.launches for x in bound.program.launches}
     hidden_ns = 0
     for rank in plan.instances[0].devices:
         for whole_span in timeline.instruction_spans(rank):
@@ -270,7 +275,7 @@ def test_collectives_run_under_the_compute_of_another_htask_and_spans_say_so(wor
             assert all(whole_span.start_ns <= s.start_ns <= s.end_ns <= whole_span.end_ns for s in inner)
             compute = sorted((s for s in inner if s.stream == "compute"), key=lambda s: s.start_ns)
             assert all(a.end_ns <= b.start_ns for a, b in pairwise(compute))
-            order = [x.subgraph for x in launched[whole_span.key.bucket, whole_span.op] if x.stream == "compute"]
+            order = [x.subgraph for x in launched[f"{whole_span.key.bucket} {whole_span.op}"] if x.stream == "compute"]
             assert [s.subgraph for s in compute] == order
             for collective in (s for s in inner if s.stream == "comm"):
                 own = [s for s in compute if s.tasks == collective.tasks]
@@ -348,7 +353,9 @@ def test_a_step_between_other_tasks_units_gives_the_same_bits(workers: WorkerGro
 def free_steps(instance: Instance) -> tuple[StageOrder, ...]:
     """1F1B over two steps without a flush; a task's step stands right behind its last backward of it."""
     buckets = instance.buckets * 2
-    orders = one_f_one_b(bucket_major(buckets), instance.layout.pp, chunks=chunks_of(replace(instance, buckets=buckets)))
+    orders = one_f_one_b(
+        bucket_major(buckets), instance.layout.pp, chunks=chunks_of(replace(instance, buckets=buckets))
+    )
     return tuple(replace(o, actions=tuple(_with_steps(instance, o.actions))) for o in orders)
 
 

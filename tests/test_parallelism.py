@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muxtune.executor.group import require_runnable
 from muxtune.policies.base import make_policy, policies
 from muxtune.sim.cost.base import Cost
 from muxtune.sim.cost.roofline import Roofline
@@ -27,7 +26,6 @@ from muxtune.spec.catalogue import (
 )
 from muxtune.spec.check import check
 from muxtune.spec.cluster import DeviceSpec, Link
-from muxtune.spec.errors import InputError
 from muxtune.spec.layout import Layout, even_layout
 from muxtune.spec.memory import stage_context
 from muxtune.spec.model import model_preset
@@ -214,22 +212,3 @@ def test_messages_between_stages_are_shards(tiny_workload: Any, tiny_state: Any,
 def test_sequence_parallelism_needs_ranks() -> None:
     with pytest.raises(ValueError, match="sequence_parallel with tp=1"):
         Layout(tp=1, pp=1, sequence_parallel=True, layers_per_stage=(1,))
-
-
-@pytest.mark.parametrize(("dp", "sp"), [(2, False), (1, True)])
-def test_the_executor_says_what_it_does_not_run(
-    tiny_workload: Any, tiny_state: Any, hand_plan: Any, dp: int, sp: bool
-) -> None:
-    state = tiny_state(tiny_workload(1), tp=2, dp=dp, sequence_parallel=sp, cluster="4xA40-pcie")
-    plan = hand_plan(state, [["t0"]])
-    assert check(plan) == ()
-    with pytest.raises(InputError, match=f"instance shared: dp={dp}, .*plan again without --dp"):
-        require_runnable(plan.instances[0])
-
-
-def test_the_executor_refuses_permuted_ranks_under_tp(tiny_workload: Any, tiny_state: Any, hand_plan: Any) -> None:
-    state = tiny_state(tiny_workload(1), tp=2, cluster="2xcpu")
-    (instance,) = hand_plan(state, [["t0"]]).instances
-    require_runnable(instance)
-    with pytest.raises(InputError, match=r"devices \[1, 0\]: with tensor parallelism .* use devices 0\.\.1"):
-        require_runnable(replace(instance, devices=(1, 0)))

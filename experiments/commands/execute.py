@@ -53,6 +53,7 @@ def run(
         InputError: wrong file or device. NoAnswerError: the plan is invalid or does not fit this machine.
         ExecutionError: a worker failed.
     """
+    progress = progress if leads() else silent
     traces = [output_file(trace, "--trace")] if trace else []
     traces += [output_folder(out) / "trace.json"] if out else []
     found = read_plan(plan)
@@ -132,7 +133,9 @@ def _body(
     low, middle, high = _quantiles(times)
     tasks = [t.task_id for t in plan.workload.tasks]
     # Losses are known where the head is: on the ranks of the last stage.
-    reports = {t: max((i.reports[t] for i in inspections if t in i.reports), key=lambda r: len(r.losses)) for t in tasks}
+    reports = {
+        t: max((i.reports[t] for i in inspections if t in i.reports), key=lambda r: len(r.losses)) for t in tasks
+    }
     billed_len = [(t.task_id, t.billed_len_tokens) for t in plan.workload.tasks]
     _, billed, _ = count_tokens((b for x in bounds for w in x.program.units for b in w.batches), billed_len)
     return {
