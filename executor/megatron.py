@@ -239,7 +239,7 @@ def rotary_table(model: ModelSpec, device: torch.device) -> Tensor:
 
 def rotate(x: Tensor, angles: Tensor, gpt: Any) -> Tensor:
     """Megatron's rotary embedding of x (tokens, 1, heads, head_dim) by angles (tokens, 1, 1, head_dim)."""
-    return apply_rotary_pos_emb(x, angles, config=gpt.config)  # type: ignore[no-any-return]
+    return apply_rotary_pos_emb(x, angles, config=gpt.config, cp_group=Alone())  # type: ignore[no-any-return]
 
 
 def activation(model: ModelSpec, gpt: Any, x: Tensor) -> Tensor:
