@@ -5,14 +5,14 @@ Only typer is imported here; each command imports its floors when it runs, so th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from muxtune.experiments import options as opt
+from muxtune.experiments.answer import Answer, example
+from muxtune.experiments.cli_trace import trace_app
 
 app = typer.Typer(
     add_completion=False,
@@ -23,19 +23,7 @@ app = typer.Typer(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What a command found: `body` for --json, `show` turns it into text; not `ok` means exit 1."""
-
-    body: dict[str, Any]
-    show: Callable[[dict[str, Any]], str]
-    as_json: bool
-    ok: bool = True
-
-
-def example(text: str) -> str:
-    """An epilog that keeps its line."""
-    return f"Example:\n\n\b\n  muxtune {text}"
+app.add_typer(trace_app, name="trace")
 
 
 @app.callback(invoke_without_command=True)
@@ -319,7 +307,9 @@ def report(
 def list_(
     kind: Annotated[
         str | None,
-        typer.Argument(metavar="[KIND]", help="policies, models, devices, datasets, cost-models, peft, profiles."),
+        typer.Argument(
+            metavar="[KIND]", help="policies, models, devices, datasets, traces, cost-models, peft, profiles."
+        ),
     ] = None,
     as_json: opt.AsJson = False,
 ) -> Answer:

@@ -11,7 +11,8 @@ from typing import Any
 import typer
 
 from muxtune.executor.torchrun import leads
-from muxtune.experiments.cli import Answer, app
+from muxtune.experiments.answer import Answer
+from muxtune.experiments.cli import app
 from muxtune.spec.errors import InputError, MuxtuneError, NoAnswerError
 
 #: Modules of optional installs, and the extra that brings them.

@@ -75,9 +75,11 @@ def check_range(name: str, value: int | None, least: int) -> None:
 class TraceHeader:
     """What is true of a whole trace: where it comes from and which columns were invented with which seed.
 
-    `mapping` says how invented columns were chosen; `datasets` are the length tables that jobs name beside embedded ones.
+    `muxtune_trace` is the version of the format, `mapping` says how invented columns were chosen; `datasets` are the length
+    tables that jobs name beside embedded ones.
     """
 
+    muxtune_trace: Literal[1] = 1
     name: str
     source: str
     invented: tuple[str, ...] = ()
@@ -85,7 +87,6 @@ class TraceHeader:
     seed: int = 0
     gpu_rule: GpuRule = "ignore"
     datasets: tuple[LengthDistribution, ...] = ()
-    version: Literal[1] = 1
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.invented) - {f.name for f in dataclasses.fields(Job)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,9 @@ from muxtune.policies.base import policies
 from muxtune.profiler.store import Meta
 from muxtune.sim.cost.base import cost_models
 from muxtune.sim.cost.table import FittedTable
+from muxtune.sim.traces.formats.base import trace_formats
+from muxtune.sim.traces.generate import Arrivals
+from muxtune.sim.traces.trace import GENERATED
 from muxtune.spec.cluster import device_presets
 from muxtune.spec.errors import UnknownKeyError
 from muxtune.spec.files import read_noun
@@ -50,7 +54,7 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _about(found: type[Any]) -> str:
+def _about(found: Any) -> str:
     """First line of a class's docstring, else of its module's."""
     return (found.__doc__ or "").strip().split("\n")[0]
 
@@ -115,6 +119,12 @@ def _peft() -> Iterator[Row]:
         yield {"name": name, "options": ",".join(f"{f.name}={f.default}" for f in options), "about": _about(found)}
 
 
+def _traces() -> Iterator[Row]:
+    yield {"name": GENERATED, "options": _options(Arrivals), "about": _about(Arrivals)}
+    for name, found in trace_formats().items():
+        yield {"name": name, "options": "", "about": _about(sys.modules[found.__module__])}
+
+
 def _profiles() -> Iterator[Row]:
     """What each recorded profile covers: families, operator groups, token range of its linears, mean held-out error."""
     for folder in recorded():
@@ -140,6 +150,7 @@ KINDS: dict[str, Callable[[], Iterator[Row]]] = {
     "models": _models,
     "devices": _devices,
     "datasets": _datasets,
+    "traces": _traces,
     "cost-models": _cost_models,
     "peft": _peft,
     "profiles": _profiles,

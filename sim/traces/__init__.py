@@ -1,1 +1,1 @@
-"""Readers of data set lengths, workload files and cluster files."""
+"""Readers of data set lengths, workload files, cluster files and job traces."""
