@@ -152,7 +152,7 @@ def mean_length(workload: Workload, task_id: str) -> int:
     """Mean tokens of a task's samples after truncation to its billed length, at least 1."""
     task = workload.task(task_id)
     lengths = workload.lengths(task)
-    prompt, response = lengths.lengths(np.arange(lengths.samples))
+    prompt, response = lengths.lengths(lengths.probed())
     return max(1, round(float(np.minimum(prompt + response, task.billed_len_tokens).mean())))
 
 

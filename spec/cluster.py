@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 from muxtune.spec.errors import InputError, UnknownKeyError
 from muxtune.spec.noun import noun
-from muxtune.spec.units import GIB
+from muxtune.spec.units import GIB, check_range
 
 PRESETS = Path(__file__).parent / "data" / "devices.json"
 
@@ -31,6 +32,20 @@ class DeviceSpec:
     peak_w: float
     frequency_mhz: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        sizes = ("peak_flops_fp32", "peak_flops_half", "memory_bytes", "bandwidth_bytes_per_s", "sm_count")
+        for name in sizes:
+            check_range(f"device {self.name}: {name}", getattr(self, name), 1)
+        check_range(f"device {self.name}: launch_ns", self.launch_ns, 0)
+        for step in self.frequency_mhz:
+            check_range(f"device {self.name}: frequency_mhz", step, 1)
+        if not self.name:
+            raise ValueError("device: name is empty: give it a name")
+        if not 0 <= self.idle_w <= self.peak_w < math.inf:
+            raise ValueError(
+                f"device {self.name}: idle_w={self.idle_w}, peak_w={self.peak_w}: needs 0 <= idle_w <= peak_w, finite"
+            )
+
     @property
     def is_cpu(self) -> bool:
         """On a CPU, host and compute are one resource (DESIGN §4)."""
@@ -49,6 +64,10 @@ class Link:
     bandwidth_bytes_per_s: int
     latency_ns: int
 
+    def __post_init__(self) -> None:
+        check_range(f"{self.kind} link: bandwidth_bytes_per_s", self.bandwidth_bytes_per_s, 1)
+        check_range(f"{self.kind} link: latency_ns", self.latency_ns, 0)
+
 
 #: Per direction: PCIe 4.0 x16, NVLink per device family below, ConnectX-5 100 Gb/s; `local` is shared memory.
 LINKS = {
@@ -59,6 +78,11 @@ LINKS = {
 }
 #: NVLink differs by device: A40 has one bridge, Hopper and Blackwell a switch.
 NVLINK_BYTES_PER_S = {"A40": 56_250_000_000, "H100": 450_000_000_000, "H200": 450_000_000_000, "B200": 900_000_000_000}
+
+#: Devices without NVLink.
+NO_NVLINK = ("L40S", "RTX4090")
+#: Of a cluster: the simulator numbers every device, and plans carry every node.
+MAX_DEVICES = 65_536
 
 
 @noun
@@ -81,6 +105,12 @@ class Cluster:
     device: DeviceSpec
     nodes: tuple[Node, ...]
     network: Link
+
+    def __post_init__(self) -> None:
+        if not self.nodes:
+            raise ValueError("nodes is empty: a cluster has at least one node")
+        if self.size > MAX_DEVICES:
+            raise ValueError(f"{self.size} devices: a cluster has at most {MAX_DEVICES}; name fewer")
 
     @property
     def size(self) -> int:
@@ -140,7 +170,7 @@ def parse_cluster(name: str) -> Cluster:
     Raises:
         InputError: the name does not parse; UnknownKeyError: no such device or link.
     """
-    match = re.fullmatch(r"(?:(?:(\d+)x)?(\d+)x)?([A-Za-z][A-Za-z0-9]*)(?:-([a-z]+))?", name)
+    match = re.fullmatch(r"(?:(?:(\d{1,18})x)?(\d{1,18})x)?([A-Za-z][A-Za-z0-9]*)(?:-([a-z]+))?", name)
     if not match:
         raise InputError(
             f"cluster {name!r}: expected [NODESx]GPUSxDEVICE[-LINK], such as 4xA40-nvlink, 8x2xA40-ib, 1xH100, cpu"
@@ -154,6 +184,13 @@ def parse_cluster(name: str) -> Cluster:
     device = devices[device_name.lower()]
     if int(nodes or 1) < 1 or int(gpus or 1) < 1:
         raise InputError(f"cluster {name!r}: node and device counts must be at least 1")
+    if int(nodes or 1) * int(gpus or 1) > MAX_DEVICES:
+        raise InputError(f"cluster {name!r}: a cluster has at most {MAX_DEVICES} devices; name fewer")
+    links = ("local",) if device.is_cpu else ("pcie", "ib") if device.name in NO_NVLINK else tuple(LINKS)
+    if link_name is not None and link_name not in links:
+        raise InputError(
+            f"cluster {name!r}: {device.name} has no {link_name} link: leave it away or name one of {', '.join(links)}"
+        )
     inside = _inside_link(device, link_name)
     node = Node(gpus=int(gpus or 1), link=inside)
     network = inside if device.is_cpu else LINKS["ib"]
@@ -163,7 +200,7 @@ def parse_cluster(name: str) -> Cluster:
 def _inside_link(device: DeviceSpec, link_name: str | None) -> Link:
     if device.is_cpu:
         return LINKS["local"]
-    kind = link_name if link_name not in (None, "ib") else ("pcie" if device.name in ("L40S", "RTX4090") else "nvlink")
+    kind = link_name if link_name not in (None, "ib") else ("pcie" if device.name in NO_NVLINK else "nvlink")
     link = LINKS[str(kind)]
     if kind == "nvlink":
         rate = NVLINK_BYTES_PER_S.get(device.name, link.bandwidth_bytes_per_s)

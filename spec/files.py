@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from muxtune.spec.errors import InputError
 from muxtune.spec.noun import plain
+from muxtune.spec.peft import peft_kinds
 
 T = TypeVar("T")
 
@@ -70,6 +71,8 @@ def read_data(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise InputError(f"{path}: file not found") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: is a directory: give the name of a file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     try:
@@ -138,10 +141,19 @@ def _sentence(error: ValidationError) -> str:
         reason = "unknown key: remove it or correct its spelling"
     elif first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         reason = "is missing: add it"
+    elif first["type"] == "union_tag_not_found":
+        return f"{path}.kind: is missing: add it, one of {_kinds()}"
+    elif first["type"] == "union_tag_invalid":
+        return f"{path}.kind = {json.dumps(first['ctx']['tag'])}: unknown: known are {_kinds()}"
     shown = json.dumps(first["input"], default=str)
     value = f" = {shown}" if len(shown) <= 60 and "missing" not in first["type"] else ""
     more = f" (and {len(rest)} more)" if rest else ""
     return f"{path}{value}: {reason}{more}"
+
+
+def _kinds() -> str:
+    """The one union of the nouns: PEFT methods."""
+    return ", ".join(sorted(peft_kinds()))
 
 
 def _path(location: tuple[Any, ...]) -> list[Any]:

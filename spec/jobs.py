@@ -10,7 +10,7 @@ from muxtune.spec.lengths import LengthDistribution
 from muxtune.spec.noun import noun
 from muxtune.spec.peft import PeftSpec
 from muxtune.spec.task import Task
-from muxtune.spec.units import MAX_NS
+from muxtune.spec.units import check_range
 
 #: What is done with the GPU count of a source trace.
 GpuRule = Literal["ignore", "scale"]
@@ -65,12 +65,6 @@ class Job:
             raise ValueError(f"weight={self.weight}: must be above 0")
 
 
-def check_range(name: str, value: int | None, least: int) -> None:
-    """Refuse (ValueError) a value below `least` or beyond 64 bits, which is 292 years in ns; None is fine."""
-    if value is not None and not least <= value <= MAX_NS:
-        raise ValueError(f"{name}={value}: must be from {least} to {MAX_NS}")
-
-
 @noun
 class TraceHeader:
     """What is true of a whole trace: where it comes from and which columns were invented with which seed.
@@ -103,7 +97,7 @@ class TraceHeader:
         return tuple(text for text in said if text)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@noun
 class Trace:
     """Jobs in order of arrival, read when they are asked for: each iteration opens the source again.
 

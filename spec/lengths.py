@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from functools import cache
 from pathlib import Path
 
@@ -11,9 +12,14 @@ from numpy.typing import NDArray
 
 from muxtune.spec.errors import InputError, UnknownKeyError
 from muxtune.spec.noun import noun
+from muxtune.spec.units import check_range
 
 QUANTILES = Path(__file__).parent / "data" / "length_quantiles.csv"
 
+#: Longest sample, and largest data set (a quantile table states its size, its samples are not stored).
+MAX_TOKENS, MAX_SAMPLES = 2**31 - 1, 10**15
+#: Of a larger data set so many evenly spaced samples stand for all.
+PROBED_SAMPLES = 1_000_000
 #: A billed length covers this share of the samples unless a task says otherwise (DESIGN §3).
 BILLED_COVERAGE = 0.995
 
@@ -53,6 +59,8 @@ class LengthDistribution:
                 )
         if table[0] < 1 or self.samples < 1 or not 0.0 <= self.response_share <= 1.0:
             raise ValueError(f"{self.name}: lengths and samples must be at least 1, response_share in [0, 1]")
+        check_range(f"{self.name}: p100", table[-1], 1, MAX_TOKENS)
+        check_range(f"{self.name}: samples", self.samples, 1, MAX_SAMPLES)
 
     def _check_samples(self) -> None:
         if not len(self.prompt_tokens) == len(self.response_tokens) == self.samples:
@@ -62,6 +70,7 @@ class LengthDistribution:
                 raise ValueError(
                     f"{self.name}: sample {i} has {prompt} prompt and {response} response tokens; needs at least 1"
                 )
+            check_range(f"{self.name}: tokens of sample {i}", prompt + response, 1, MAX_TOKENS)
 
     def lengths(self, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(prompt, response) tokens of the given sample ids, each in [0, samples)."""
@@ -72,10 +81,21 @@ class LengthDistribution:
         response = np.clip(np.rint(self.response_share * total), 1, total).astype(np.int64)
         return total - response, response
 
+    def probed(self) -> NDArray[np.int64]:
+        """Every sample id; of a data set of more than PROBED_SAMPLES that many, evenly spaced."""
+        if self.samples <= PROBED_SAMPLES:
+            return np.arange(self.samples)
+        return np.arange(PROBED_SAMPLES) * (self.samples // PROBED_SAMPLES)
+
     def covered_length(self, share: float = BILLED_COVERAGE) -> int:
         """The smallest power of two that covers this share of the samples."""
-        prompt, response = self.lengths(np.arange(self.samples))
-        needed = int(np.quantile(prompt + response, share, method="inverted_cdf"))
+        if self.quantiles_tokens:  # ordered by id: the last sample that must be covered decides
+            last = math.ceil(self.samples * share - 1)
+            prompt, response = self.lengths(np.array([min(max(0, last), self.samples - 1)]))
+            needed = int(prompt[0] + response[0])
+        else:
+            prompt, response = self.lengths(np.arange(self.samples))
+            needed = int(np.quantile(prompt + response, share, method="inverted_cdf"))
         return 1 << max(0, needed - 1).bit_length()
 
 

@@ -8,6 +8,7 @@ from muxtune.spec.lengths import LengthDistribution
 from muxtune.spec.model import ModelSpec
 from muxtune.spec.noun import noun
 from muxtune.spec.peft import PeftSpec
+from muxtune.spec.units import check_range
 
 
 @noun
@@ -37,13 +38,14 @@ class Task:
         if not self.task_id:
             raise ValueError("task_id is empty: give each task a name")
         for field in ("billed_len_tokens", "global_batch_samples", "steps"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)}: must be at least 1")
+            check_range(field, getattr(self, field), 1)
         for field in ("learning_rate", "weight", "clip_norm"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field}={getattr(self, field)}: must be above 0")
-        if self.arrival_ns < 0 or self.weight_decay < 0:
-            raise ValueError("arrival_ns and weight_decay must not be negative")
+        for field in ("arrival_ns", "deadline_ns"):
+            check_range(field, getattr(self, field), 0)
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay={self.weight_decay}: must not be negative")
 
 
 @noun

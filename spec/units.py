@@ -15,6 +15,19 @@ GIB = 1024**3
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
+def check_range(name: str, value: int | None, least: int, most: int = MAX_NS) -> None:
+    """Refuse (ValueError) a value below `least` or above `most`, 64 bits by default; None is fine."""
+    if value is not None and value < least:
+        raise ValueError(f"{name}={_few_digits(value)}: must be at least {least}")
+    if value is not None and value > most:
+        raise ValueError(f"{name}={_few_digits(value)}: must be at most {most}")
+
+
+def _few_digits(value: int) -> str:
+    """The number; only its size where it is so long that Python refuses to write it."""
+    return str(value) if abs(value) < 10**30 else f"{'-' if value < 0 else ''}(about 2^{abs(value).bit_length() - 1})"
+
+
 def seconds_to_ns(seconds: float) -> int:
     """Round seconds to integer nanoseconds."""
     return round(seconds * NS_PER_S)

@@ -115,8 +115,8 @@ def test_wrong_lines(line: str, message: str, write: Any) -> None:
             "targets: [qkv, up]",
             "targets=['qkv', 'up']: name each of ['qkv', 'proj', 'fc1', 'fc2'] at most once",
         ),
-        ("kind: lora", "kind: lorra", "'lorra' found using 'kind' does not match any of the expected tags: 'lora'"),
-        ("kind: lora, ", "", "Unable to extract tag using discriminator 'kind'"),
+        ("kind: lora", "kind: lorra", 'peft.kind = "lorra": unknown: known are '),
+        ("kind: lora, ", "", "peft.kind: is missing: add it, one of "),
         ("dataset: sst2\n", "", "dataset: is missing: add it"),
         ("dataset: sst2\nbilled_len_tokens: 64\n", "", "dataset: is missing: add it (and 1 more)"),
     ],
@@ -145,7 +145,7 @@ def test_wrong_json(text: str, message: str, write: Any) -> None:
 def test_files_that_are_not_there_or_not_text(write: Any, tmp_path: Path) -> None:
     assert complaint(Task, tmp_path / "absent.yaml") == "file not found"
     assert "cannot be read as UTF-8 text" in complaint(Task, write(b"\xff\xfe\x00"))
-    assert "cannot be read as UTF-8 text" in complaint(Task, tmp_path)
+    assert complaint(Task, tmp_path) == "is a directory: give the name of a file"
     assert complaint(Task, write("")) == "top level = null: Input should be an object"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 
 from muxtune.spec.errors import InputError
-from muxtune.spec.lengths import LengthDistribution, lengths_from_pairs
+from muxtune.spec.lengths import MAX_SAMPLES, MAX_TOKENS, LengthDistribution, lengths_from_pairs
 
 #: Texts are counted in UTF-8 bytes, and the result says so.
 BYTES = "bytes"
@@ -35,15 +35,16 @@ def read_lengths(path: Path, tokenizer: str | None = None) -> LengthDistribution
     Raises:
         InputError: the file, the row, the column, the value and the remedy.
     """
-    readers = {".parquet": _read_parquet, ".csv": _read_csv, ".jsonl": _read_jsonl}
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory: give the path of a file in it")
     if not path.is_file():
         raise InputError(f"{path}: file not found")
-    if path.suffix not in readers:
+    if path.suffix not in READERS:
         raise InputError(
-            f"{path}: cannot read {path.suffix or 'a file without suffix'}: give one of {', '.join(readers)}"
+            f"{path}: cannot read {path.suffix or 'a file without suffix'}: give one of {', '.join(READERS)}"
         )
     try:
-        return readers[path.suffix](path, tokenizer)
+        return READERS[path.suffix](path, tokenizer)
     except (OSError, UnicodeDecodeError, csv.Error, pyarrow.ArrowException) as error:
         raise InputError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from error
 
@@ -87,6 +88,11 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{path}: line {number} is not JSON: {error.msg}: write one object a line") from error
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # a number of more digits than Python reads, thousands of brackets
+            raise InputError(f"{path}: line {number} cannot be read: {error}: write counts of tokens") from error
         if not isinstance(row, dict):
             raise InputError(f"{path}: line {number} is not a JSON object: write one object a line")
         yield f"line {number}", row
@@ -175,11 +181,18 @@ def _count(place: str, column: str, value: object, least: int) -> int:
     """A whole number, at least `least`; CSV gives texts, the others numbers."""
     if value is None or value == "":
         raise InputError(f"{place}: {column} is empty: give a whole number, at least {least}")
-    if isinstance(value, str) and re.fullmatch(r"\s*-?[0-9]+\s*", value):
+    if isinstance(value, str) and re.fullmatch(r"\s*-?[0-9]{1,18}\s*", value):
         value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{place}: {column} = {value!r}: give a whole number, at least {least}")
+    most = MAX_SAMPLES if column == "samples" else MAX_TOKENS
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        remedy = f"give a whole number, at least {least} and at most {most}"
+        raise InputError(f"{place}: {column} = {_short(value)}: {remedy}")
     return value
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _share(place: str, value: str) -> float:
@@ -187,3 +200,11 @@ def _share(place: str, value: str) -> float:
         return float(value)
     except (TypeError, ValueError) as error:
         raise InputError(f"{place}: response_share = {value!r}: give a number in [0, 1]") from error
+
+
+#: By suffix: each reads a file, with the tokenizer asked for.
+READERS: dict[str, Callable[[Path, str | None], LengthDistribution]] = {
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+}

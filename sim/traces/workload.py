@@ -14,8 +14,10 @@ from muxtune.spec.model import ModelSpec, model_preset
 from muxtune.spec.noun import noun, plain
 from muxtune.spec.peft import PeftSpec
 from muxtune.spec.task import Task, Workload
-from muxtune.spec.units import seconds_to_ns
+from muxtune.spec.units import MAX_NS, NS_PER_S, seconds_to_ns
 
+#: Seconds that fit 64 bits of nanoseconds.
+LONGEST_S = MAX_NS // NS_PER_S
 #: A data set reference with one of these endings, or with a slash, is meant as a path.
 DATA_SUFFIXES = (".parquet", ".csv", ".jsonl")
 
@@ -41,8 +43,11 @@ class TaskEntry:
 
     def __post_init__(self) -> None:
         for field in ("arrival_s", "deadline_s"):
-            if (getattr(self, field) or 0.0) < 0:
-                raise ValueError(f"{field}={getattr(self, field)}: must not be negative")
+            seconds = getattr(self, field) or 0.0
+            if seconds < 0:
+                raise ValueError(f"{field}={seconds}: must not be negative")
+            if seconds > LONGEST_S:
+                raise ValueError(f"{field}={seconds}: must be at most {LONGEST_S} (292 years)")
 
 
 @noun
@@ -105,6 +110,13 @@ def _dataset(reference: str, folder: Path, place: str) -> LengthDistribution:
     for path, named in given:
         if path.is_file():
             return dataclasses.replace(read_lengths(path, named), name=reference)
+        if path.is_dir():
+            raise InputError(f"{place}: dataset {reference}: {path} is a directory: give the path of a file in it")
+    if stem in embedded:
+        tokenizers = ", ".join(sorted(k.partition("@")[2] for k in embedded if k.startswith(f"{stem}@")))
+        raise InputError(
+            f"{place}: dataset {stem} has no counts of tokenizer {tokenizer!r}: it has those of {tokenizers}"
+        )
     file_name = stem or reference
     if "/" in file_name or "\\" in file_name or file_name.endswith(DATA_SUFFIXES):
         raise InputError(f"{place}: dataset {reference}: file not found: {given[-1][0]} does not exist")
