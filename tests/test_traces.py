@@ -22,7 +22,7 @@ from muxtune.sim.traces.generate import NS_PER_DAY, Arrivals
 from muxtune.sim.traces.mapping import NS_PER_MINUTE, Filler, Mapping, lognormal_ns
 from muxtune.sim.traces.order import by_submission
 from muxtune.sim.traces.record import Record
-from muxtune.sim.traces.rows import Tally
+from muxtune.sim.traces.rows import Row, Tally
 from muxtune.sim.traces.trace import generate, open_trace, take
 from muxtune.spec.errors import InputError
 from muxtune.spec.files import json_schema
@@ -143,6 +143,32 @@ def test_what_the_source_has_is_not_invented(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("1970-01-02 00:00:00", 86_400),
+        ("1970-01-02T00:00:00.5", 86_400.5),
+        ("1970-01-02 00:00:00.0000001", 86_400.0000001),
+        ("1970-01-02 08:00:00+08:00", 86_400),
+        ("1970-01-01 20:00:00.250000-0400", 86_400.25),
+        ("1970-01-02 00:00:00Z", 86_400),
+        ("", None),
+        ("nan", None),
+    ],
+)
+def test_moments_of_sources(text: str, seconds: float | None) -> None:
+    found = Row("f: line 2", 1, {"at": text}).instant_ns("at")
+    assert found == (None if seconds is None else round(seconds * 10**9))
+
+
+@pytest.mark.parametrize(
+    "text", ["1970-13-01 00:00:00", "1969-12-31 23:59:59", "2300-01-01 00:00:00", "12:00", "1970-01-02"]
+)
+def test_wrong_moments_of_sources(text: str) -> None:
+    with pytest.raises(InputError, match=f"f: line 2: column at = '{text}': give a date and time from 1970"):
+        Row("f: line 2", 1, {"at": text}).instant_ns("at")
+
+
 # Order, parts, memory.
 
 
@@ -236,6 +262,7 @@ def test_describe_counts_and_draws(folder, capsys) -> None:
     shown = capsys.readouterr().out
     assert "3 jobs" in shown
     assert "no column is invented" in shown
+    assert "arrivals over time: ▄" in shown
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from muxtune.spec.units import format_ns, seconds_to_ns
 #: One line on standard error a so many jobs.
 NOTE_JOBS = 100_000
 LONGEST_DAYS = 36_500
+BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 @noun
@@ -233,10 +234,17 @@ def show_description(body: dict[str, Any]) -> str:
         f"{body['tenants']:,} {counts[0]}",
         *counts[1:],
         f"{body['classes']:,} task classes; deadlines: {body['with_deadline']:,}, cancelled: {body['with_cancel']:,}",
+        f"arrivals over time: {_sparkline(body['arrivals'])} (most in a hundredth of the time: {max(body['arrivals']):,})",
         *([] if body["gpu_hours"] is None else [f"{body['gpu_hours']:,.0f} GPU hours in the source"]),
         *_remarks(body),
         *body.get("files", ()),
     )
+
+
+def _sparkline(counts: list[int]) -> str:
+    """One letter for two bins, as high as their share of the fullest two; blank where nothing arrives."""
+    pairs = [sum(counts[i : i + 2]) for i in range(0, len(counts), 2)]
+    return "".join(BLOCKS[-(-n * (len(BLOCKS) - 1) // max(pairs))] for n in pairs)
 
 
 def _spread_row(label: str, spread: dict[str, Any], unit: Callable[[float], str]) -> list[str]:

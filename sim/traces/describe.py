@@ -68,8 +68,8 @@ class _Columns:
         for name, column in self.numbers.items():
             value = getattr(job, name)
             column.append(-1 if value is None else value)
-        kind, rank = job.peft.operator()
-        peft = f"{job.peft.kind}, rank {rank}" if kind == "lora" else job.peft.kind
+        rank = getattr(job.peft, "rank", None)
+        peft = job.peft.kind if rank is None else f"{job.peft.kind} of rank {rank}"
         values = (job.tenant, job.model, job.dataset, str(job.global_batch_samples), peft)
         for counter, value in zip(self.counts.values(), values, strict=True):
             counter[value] += 1

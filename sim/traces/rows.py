@@ -8,7 +8,8 @@ import io
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -182,14 +183,15 @@ def csv_rows(path: Path, needed: Sequence[str], header: Sequence[str] = ()) -> I
             raise InputError(f"{path}: line {reader.line_num + 1}: cannot be read as CSV: {error}") from error
 
 
-def readable(path: Path, items: Iterable[T]) -> Iterator[T]:
-    """The items of a file, with one sentence for what the file's damage raises.
+@contextmanager
+def naming_damage(path: Path) -> Iterator[None]:
+    """One sentence for what a damaged file raises.
 
     Raises:
         InputError: the file cannot be read.
     """
     try:
-        yield from items
+        yield
     except UNREADABLE as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from muxtune.sim.traces.formats.base import TraceOptions, find_format
 from muxtune.sim.traces.generate import Arrivals, generated_jobs
 from muxtune.sim.traces.mapping import Filler, Mapping
-from muxtune.sim.traces.rows import Tally, readable
+from muxtune.sim.traces.rows import Tally, naming_damage
 from muxtune.spec.errors import InputError
 from muxtune.spec.jobs import Job, Trace, TraceHeader
 from muxtune.spec.lengths import embedded_length
@@ -28,13 +28,19 @@ def open_trace(
         InputError: no such file, of no known format, or not readable; UnknownKeyError: no such format or option.
     """
     options, tally = options or TraceOptions(), tally or Tally()
-    name, chosen = split_reference(reference)
     path = Path(reference)
-    if name == GENERATED and not path.exists():
+    if reference.partition(":")[0] == GENERATED and not path.exists():
+        _, chosen = split_reference(reference)
         return generate(parse_config("trace", GENERATED, Arrivals, chosen), options)
     _, found = find_format(path, format_key)
-    (trace,) = readable(path, (made.open(path, options, tally) for made in (found,)))
-    return dataclasses.replace(trace, open_jobs=lambda: readable(path, trace.open_jobs()))
+    with naming_damage(path):
+        trace = found.open(path, options, tally)
+    return dataclasses.replace(trace, open_jobs=lambda: _jobs(path, trace))
+
+
+def _jobs(path: Path, trace: Trace) -> Iterator[Job]:
+    with naming_damage(path):
+        yield from trace
 
 
 def generate(arrivals: Arrivals, options: TraceOptions) -> Trace:
