@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from muxtune.experiments.main import main
 from muxtune.sim.traces import order
 from muxtune.sim.traces.describe import describe
+from muxtune.sim.traces.formats import philly
 from muxtune.sim.traces.formats.base import TraceOptions
 from muxtune.sim.traces.formats.muxtune import Muxtune, write_trace
+from muxtune.sim.traces.formats.philly import Philly
 from muxtune.sim.traces.formats.philly_csv import PhillyCsv
 from muxtune.sim.traces.generate import NS_PER_DAY, Arrivals
 from muxtune.sim.traces.mapping import NS_PER_MINUTE, Filler, Mapping, lognormal_ns
@@ -141,6 +143,31 @@ def test_what_the_source_has_is_not_invented(tmp_path: Path) -> None:
         ("philly-0", "blue", 30_000_000_000, 60_000_000_000, 1000),
         ("philly-2", "red", 30_000_000_000, 10_000_000_000, 2000),
     ]
+
+
+def test_a_file_without_a_suffix_has_a_name(tmp_path: Path) -> None:
+    """Philly's log is published as `cluster_job_log`."""
+    Philly().write_example(tmp_path / "cluster_job_log")
+    trace = open_trace(str(tmp_path / "cluster_job_log"))
+    assert trace.about.name == "cluster_job_log"
+    assert [(j.job_id, j.arrival_ns, j.duration_ns, j.gpus_milli, j.tenant) for j in trace] == [
+        ("application_2", 0, 10**9, 1000, "red"),
+        ("application_1", 30 * 10**9, 90 * 10**9, 3000, "blue"),
+        ("application_4", 300 * 10**9, 3600 * 10**9, 1000, "red"),
+    ]
+
+
+def test_a_log_larger_than_a_piece_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small the pieces, the jobs and the lines of mistakes are the same."""
+    path = tmp_path / "log.json"
+    Philly().write_example(path)
+    whole = list(open_trace(str(path)))
+    Philly().write_example(tmp_path / "spoilt.json", spoilt=True)
+    for characters in (1, 7, 100):
+        monkeypatch.setattr(philly, "CHUNK_CHARACTERS", characters)
+        assert list(open_trace(str(path), format_key="philly")) == whole
+        with pytest.raises(InputError, match="line 3: column submitted_time"):
+            list(open_trace(str(tmp_path / "spoilt.json"), format_key="philly"))
 
 
 @pytest.mark.parametrize(

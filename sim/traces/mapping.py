@@ -57,9 +57,10 @@ class Mapping:
             model_preset(model)
         for dataset in self.datasets:
             embedded_length(dataset)
-        if not (0 < self.mean_minutes <= 1e8 and 0 <= self.std_minutes <= 1e8):
+        if not (1e-6 <= self.mean_minutes <= 1e8 and 0 <= self.std_minutes <= 1e8):
             raise ValueError(
-                f"mean_minutes={self.mean_minutes}, std_minutes={self.std_minutes}: mean above 0, both at most 1e8"
+                f"mean_minutes={self.mean_minutes}, std_minutes={self.std_minutes}: the mean must be from 1e-6 to 1e8, "
+                "the standard deviation from 0 to 1e8"
             )
         if self.deadline_slack is not None and not 0 < self.deadline_slack <= 1e6:
             raise ValueError(f"deadline_slack={self.deadline_slack}: must be above 0, at most 1e6")

@@ -85,7 +85,7 @@ class SourceFormat(TraceFormat):
         """The trace of a file: jobs by submission, the first at 0."""
         filler = Filler(options.mapping or Mapping(), options.seed, self.gives(path))
         about = TraceHeader(
-            name=path.name.removesuffix(".gz").rpartition(".")[0],
+            name=Path(path.name.removesuffix(".gz")).stem,
             source=f"{path.name}: {sys.modules[type(self).__module__].__doc__ or ''} {self.NOTE}",
             invented=filler.invented,
             mapping=filler.mapping.sentence(filler.invented),
