@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,14 @@ with warnings.catch_warnings():
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 #: Megatron's name of each BaseOp.
 LINEARS = {"qkv": "linear_qkv", "proj": "linear_proj", "fc1": "linear_fc1", "fc2": "linear_fc2"}
+
+
+class Weights(Protocol):
+    """Where a backbone's weights come from, by Megatron's names with global layer numbers."""
+
+    def full(self, name: str) -> Tensor:
+        """The whole tensor of a name."""
+        ...
 
 
 class RaggedAttention(MegatronModule):  # type: ignore[misc]
@@ -103,7 +112,10 @@ def _groups(peers: Peers) -> Any:
 
 
 def _config(model: ModelSpec, layout: Layout, layers: int) -> Any:
-    activations = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.relu}
+    activations = {
+        **{"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.relu},
+        "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    }
     return TransformerConfig(
         num_layers=layers,
         hidden_size=model.hidden,
@@ -111,6 +123,7 @@ def _config(model: ModelSpec, layout: Layout, layers: int) -> Any:
         num_attention_heads=model.heads,
         num_query_groups=model.kv_heads,
         kv_channels=model.head_dim,
+        layernorm_epsilon=model.norm_epsilon,
         normalization="RMSNorm" if model.norm == "rmsnorm" else "LayerNorm",
         gated_linear_unit=model.gated,
         activation_func=activations[model.activation],
@@ -158,9 +171,16 @@ def _block_spec(model: ModelSpec, layers: int) -> Any:
 
 
 def build_stage_model(
-    model: ModelSpec, layout: Layout, stage: int, tp_rank: int, device: torch.device, seed: int, peers: Peers = ALONE
+    model: ModelSpec,
+    layout: Layout,
+    stage: int,
+    tp_rank: int,
+    device: torch.device,
+    seed: int,
+    peers: Peers = ALONE,
+    weights: Weights | None = None,
 ) -> Any:
-    """A frozen GPTModel holding one stage's layers, with weights that depend on seed and global names only.
+    """A frozen GPTModel holding one stage's layers; weights are read, or random by seed and global names only.
 
     Equal seeds give equal backbones under any layout. Tied embeddings are two frozen copies with equal values where head
     and embedding live on different stages.
@@ -180,7 +200,11 @@ def build_stage_model(
     first_layer = layout.layers_of(stage)[0]
     for name, parameter in gpt.named_parameters():
         parameter.requires_grad_(False)
-        parameter.copy_(_initial(model, layout, _global_name(name, first_layer, model), parameter, tp_rank, seed))
+        place = _global_name(name, first_layer, model)
+        if weights is None:
+            parameter.copy_(_initial(model, layout, place, parameter, tp_rank, seed))
+        else:
+            parameter.copy_(_cut(model, layout, place, weights.full(place), tp_rank))
     if model.tied_embeddings and layout.is_first(stage) and layout.is_last(stage):
         gpt.output_layer.weight = gpt.embedding.word_embeddings.weight
     return gpt.to(device)
@@ -206,8 +230,15 @@ def _initial(model: ModelSpec, layout: Layout, name: str, parameter: Tensor, tp_
     if axis >= 0:
         shape[axis] *= layout.tp
     full = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))) * 0.02
-    if axis < 0 or layout.tp == 1:
+    return _cut(model, layout, name, full, tp_rank)
+
+
+def _cut(model: ModelSpec, layout: Layout, name: str, full: Tensor, tp_rank: int) -> Tensor:
+    """This rank's part of a whole tensor: norms, learned positions and biases of row-parallel linears are not cut."""
+    row_parallel = "linear_proj" in name or "linear_fc2" in name
+    if layout.tp == 1 or "norm" in name or "position_embeddings" in name or (row_parallel and full.dim() == 1):
         return full
+    axis = 1 if row_parallel else 0
     # A gated fc1 is [gate; up]: each half is cut, then the cuts are joined.
     halves = full.chunk(2 if model.gated and "linear_fc1" in name else 1, axis)
     return torch.cat([h.chunk(layout.tp, axis)[tp_rank] for h in halves], axis)

@@ -20,7 +20,7 @@ from muxtune.executor.attention import Attending
 from muxtune.executor.comm import Comm, Exchange, make_comm
 from muxtune.executor.data import BatchTensors
 from muxtune.executor.loss import token_losses
-from muxtune.executor.megatron import attach_banks, build_stage_model, rotary_table
+from muxtune.executor.megatron import Weights, attach_banks, build_stage_model, rotary_table
 from muxtune.executor.passage import Cut, Passage, PastChunks
 from muxtune.executor.peers import ALONE, Peers
 from muxtune.spec.catalogue import Piece, Subgraph, Way, pieces_of, stage_subgraphs
@@ -40,11 +40,12 @@ class StageModel:
         device: torch.device,
         seed: int,
         peers: Peers = ALONE,
+        weights: Weights | None = None,
     ) -> None:
         self.model, self.layout, self.stage, self.tp_rank, self.device = model, layout, stage, tp_rank, device
         self.peers = peers
         self.comm: Comm = make_comm(device)
-        self.gpt = build_stage_model(model, layout, stage, tp_rank, device, seed, peers)
+        self.gpt = build_stage_model(model, layout, stage, tp_rank, device, seed, peers, weights)
         self.banks: dict[tuple[int, str], AdapterBank] = attach_banks(self.gpt, model, layout, stage)
         self.layers = dict(zip(layout.layers_of(stage), self.gpt.decoder.layers, strict=True))
         self.angles = rotary_table(model, device) if model.positions == "rope" else None

@@ -180,11 +180,19 @@ def _attention(context: StageContext, batch: Batch) -> Iterator[tuple[Op, bool]]
     yield ops.overhead("attention", batch.tokens, (model.hidden, model.ffn_hidden), "forward", dtype), False
 
 
+def _activation_family(model: ModelSpec) -> str:
+    """Both forms of gelu cost one pass over memory, and are one family."""
+    return "gelu" if model.activation == "gelu_tanh" else model.activation
+
+
 def _mlp(context: StageContext, batch: Batch) -> Iterator[tuple[Op, bool]]:
     model, dtype, e = context.model, context.model.dtype, context.model.element_bytes
     yield from _base_op(context, batch, "fc1")
     ffn = model.ffn_hidden // context.layout.tp
-    yield ops.pointwise(model.activation, batch.tokens, (ffn,), 3 if model.gated else 2, 5, "forward", dtype, e), False
+    yield (
+        ops.pointwise(_activation_family(model), batch.tokens, (ffn,), 3 if model.gated else 2, 5, "forward", dtype, e),
+        False,
+    )
     yield from _base_op(context, batch, "fc2")
     yield ops.overhead("mlp", batch.tokens, (model.hidden, model.ffn_hidden), "forward", dtype), False
 

@@ -19,7 +19,8 @@ class ModelSpec:
     """A dense decoder-only transformer (LLaMA-like or GPT-2-like).
 
     Shapes are in elements; `head_dim` may differ from hidden/heads (Gemma). `biases` says which linears have one:
-    none, qkv only (Qwen2), or all (GPT-2, OPT). `activation` swiglu and geglu are gated: fc1 is twice as wide.
+    none, qkv only (Qwen2), or all (GPT-2, OPT). `activation` swiglu and geglu are gated: fc1 is twice as wide; gelu_tanh is
+    GPT-2's approximation of gelu.
     """
 
     name: str
@@ -32,11 +33,12 @@ class ModelSpec:
     vocab: int
     max_positions: int
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    activation: Literal["swiglu", "geglu", "gelu", "relu"] = "swiglu"
+    activation: Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu"] = "swiglu"
     positions: Literal["rope", "learned", "none"] = "rope"
     biases: Literal["none", "qkv", "all"] = "none"
     tied_embeddings: bool = False
     rope_base: int = 10_000
+    norm_epsilon: float = 1e-5
     dtype: Literal["fp32", "fp16", "bf16"] = "bf16"
 
     def __post_init__(self) -> None:
