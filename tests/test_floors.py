@@ -28,7 +28,8 @@ FLOORS = {
     "spec": Floor(muxtune=("spec",), libraries=("numpy", "pydantic", "yaml")),
     "kernels": Floor(muxtune=("kernels",), libraries=("torch", "triton")),
     "sim/cost": Floor(muxtune=("spec", "sim.cost"), libraries=DATA),
-    "sim/traces": Floor(muxtune=("spec", "sim.traces"), libraries=DATA),
+    # Texts are turned into tokens by the tokenizers library where a workload names a tokenizer file.
+    "sim/traces": Floor(muxtune=("spec", "sim.traces"), libraries=(*DATA, "tokenizers")),
     "sim": Floor(muxtune=("spec", "sim"), libraries=("simpy", "numpy")),
     "policies": Floor(muxtune=("spec", "sim.cost.base", "policies"), libraries=("numpy", "pulp")),
     "executor": Floor(

@@ -74,7 +74,9 @@ def test_jsonl_of_counts_and_of_texts(tmp_path: Path) -> None:
     texts = write(tmp_path / "t.jsonl", json.dumps({"prompt": "für", "response": "ok"}, ensure_ascii=False))
     assert pairs(texts) == ("bytes", (4,), (2,))  # ü is two bytes in UTF-8
     assert pairs(texts, "bytes") == ("bytes", (4,), (2,))
-    with pytest.raises(InputError, match="holds texts, which are counted in bytes only: count gpt2 tokens beforehand"):
+    with pytest.raises(
+        InputError, match=r"'gpt2' must be a tokenizer file \(tokenizer.json\), and .*gpt2 does not exist"
+    ):
         read_lengths(texts, "gpt2")
 
 

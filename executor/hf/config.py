@@ -130,8 +130,7 @@ def _refuse(place: Path, config: Mapping[str, Any], name: str) -> None:
         "mlp_bias": bool(config.get("mlp_bias")),
         "attention_bias on the output": name != "qwen2" and bool(config.get("attention_bias")),
         "layer norm after the block": config.get("do_layer_norm_before") is False,
-        "an embedding of its own width": config.get("word_embed_proj_dim", config.get("hidden_size"))
-        != config.get("hidden_size"),
+        "an embedding of its own width": config.get("word_embed_proj_dim", width) != width,
         "untied embeddings": name in ("gpt2", "opt") and config.get("tie_word_embeddings") is False,
         "attention scaled by layer": bool(config.get("scale_attn_by_inverse_layer_idx")),
     }

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
+from muxtune.sim.traces.texts import BYTES, TEXTS, encode, json_lines, parquet_texts
 from muxtune.spec.errors import InputError
 from muxtune.spec.lengths import MAX_SAMPLES, MAX_TOKENS, LengthDistribution, lengths_from_pairs
 
-#: Texts are counted in UTF-8 bytes, and the result says so.
-BYTES = "bytes"
 #: What a result says where neither the file nor the caller names the tokenizer.
 UNSTATED = "unstated"
 
 COUNTS = ("prompt_tokens", "response_tokens")
-TEXTS = ("prompt", "response")
 QUANTILES = tuple(f"p{i}" for i in range(101))
 
 
@@ -29,7 +26,8 @@ def read_lengths(path: Path, tokenizer: str | None = None) -> LengthDistribution
     """Lengths of a data set file, by its suffix: .parquet, .csv or .jsonl.
 
     Counts stand in `prompt_tokens` and `response_tokens`; with a `tokenizer` the columns that carry its name
-    (`prompt_tokens_llama2`) come first. JSONL may hold texts, `prompt` and `response`, counted in UTF-8 bytes.
+    (`prompt_tokens_llama2`) come first. JSONL and parquet may hold texts, `prompt` and `response`, counted in UTF-8 bytes or,
+    where `tokenizer` is the name of a tokenizer.json beside the data, in its tokens.
     A CSV may hold one row of quantiles instead (p0..p100, response_share, samples).
 
     Raises:
@@ -50,7 +48,10 @@ def read_lengths(path: Path, tokenizer: str | None = None) -> LengthDistribution
 
 
 def _read_parquet(path: Path, tokenizer: str | None) -> LengthDistribution:
-    columns = _count_columns(path, pyarrow.parquet.read_schema(path).names, tokenizer)
+    names = pyarrow.parquet.read_schema(path).names
+    if set(TEXTS) <= set(names) and not any(n.startswith(COUNTS[0]) for n in names):
+        return _from_texts(path, tokenizer, parquet_texts(path))
+    columns = _count_columns(path, names, tokenizer)
     table = pyarrow.parquet.read_table(path, columns=list(columns))
     rows = zip(*(table[name].to_pylist() for name in columns), strict=True)
     numbered = ((f"row {i}", dict(zip(columns, row, strict=True))) for i, row in enumerate(rows))
@@ -69,7 +70,7 @@ def _read_csv(path: Path, tokenizer: str | None) -> LengthDistribution:
 
 
 def _read_jsonl(path: Path, tokenizer: str | None) -> LengthDistribution:
-    numbered = list(_json_lines(path))
+    numbered = list(json_lines(path))
     if not numbered:
         raise InputError(f"{path}: holds no sample")
     names = list(numbered[0][1])
@@ -77,25 +78,6 @@ def _read_jsonl(path: Path, tokenizer: str | None) -> LengthDistribution:
         return _from_texts(path, tokenizer, numbered)
     columns = _count_columns(path, names, tokenizer)
     return _from_counts(path, tokenizer, columns, numbered)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, object) of each line that is not blank."""
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: line {number} is not JSON: {error.msg}: write one object a line") from error
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # a number of more digits than Python reads, thousands of brackets
-            raise InputError(f"{path}: line {number} cannot be read: {error}: write counts of tokens") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path}: line {number} is not a JSON object: write one object a line")
-        yield f"line {number}", row
 
 
 def _count_columns(path: Path, names: Iterable[str], tokenizer: str | None) -> tuple[str, str]:
@@ -133,18 +115,14 @@ def _from_counts(
 def _from_texts(
     path: Path, tokenizer: str | None, numbered: Iterable[tuple[str, Mapping[str, Any]]]
 ) -> LengthDistribution:
-    if tokenizer not in (None, BYTES):
-        raise InputError(f"{path}: holds texts, which are counted in bytes only: count {tokenizer} tokens beforehand")
-    pairs: list[tuple[int, int]] = []
-    for place, row in numbered:
-        for name in TEXTS:
-            if not isinstance(row.get(name), str):
-                raise InputError(f"{path}: {place}: {name} = {row.get(name)!r} is no text: give every line both texts")
-        prompt, response = (len(str(row[name]).encode()) for name in TEXTS)
-        if prompt + response < 1:
-            raise InputError(f"{path}: {place}: prompt and response are both empty: a sample has at least one token")
-        pairs.append((prompt, response))
-    return lengths_from_pairs(path.stem, BYTES, pairs, str(path))
+    """Lengths of texts: in bytes, or in tokens of a tokenizer file beside the data."""
+    file = None if tokenizer in (None, BYTES) else path.parent / str(tokenizer)
+    if file is not None and not file.is_file():
+        raise InputError(
+            f"{path}: holds texts: {tokenizer!r} must be a tokenizer file (tokenizer.json), and {file} does not exist"
+        )
+    pairs = [(len(prompt), len(response)) for prompt, response in encode(path, numbered, file)]
+    return lengths_from_pairs(path.stem, tokenizer or BYTES, pairs, str(path))
 
 
 def _from_quantiles(
