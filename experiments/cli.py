@@ -101,6 +101,8 @@ def plan(
     recompute: opt.Recomputation = opt.Recompute.none,
     search_layout: opt.SearchLayout = False,
     microbatches: opt.Microbatches = "4",
+    objective: opt.Objective = "throughput",
+    max_slowdown: opt.MaxSlowdown = None,
     cost: opt.Cost = "auto",
     allow_extrapolation: opt.Extrapolate = False,
     seed: opt.Seed = 0,
@@ -109,7 +111,7 @@ def plan(
 ) -> Answer:
     """Let one policy decide, and write its plan."""
     from muxtune.experiments.commands import plan as command
-    from muxtune.experiments.commands.problem import Options, parse_microbatches
+    from muxtune.experiments.commands.problem import Options, parse_goal, parse_microbatches
 
     options = Options(
         tp=tp,
@@ -122,6 +124,7 @@ def plan(
         cost=cost,
         allow_extrapolation=allow_extrapolation,
         seed=seed,
+        goal=parse_goal(objective, max_slowdown),
     )
     body = command.run(workload, cluster, policy, out, options)
     return Answer(body=body, show=command.show, as_json=as_json)
@@ -207,17 +210,23 @@ def compare(
     recompute: opt.Recomputation = opt.Recompute.none,
     search_layout: opt.SearchLayout = False,
     microbatches: opt.Microbatches = "4",
+    objective: opt.Objective = "throughput",
+    max_slowdown: opt.MaxSlowdown = None,
     cost: opt.Cost = "auto",
     allow_extrapolation: opt.Extrapolate = False,
+    pareto: Annotated[
+        str, typer.Option("--pareto", metavar="A,B", help="Mark the best trade-offs of two objectives.")
+    ] = "",
     draws: opt.Draws = 8,
     jobs: opt.Jobs = 1,
     seed: opt.Seed = 0,
     out: opt.OutFolder = None,
     as_json: opt.AsJson = False,
 ) -> Answer:
-    """Let several policies plan each workload on each cluster; fastest first."""
+    """Let several policies plan each workload on each cluster; best first."""
     from muxtune.experiments.commands import compare as command
-    from muxtune.experiments.commands.problem import Options, parse_microbatches
+    from muxtune.experiments.commands.pareto import parse_pareto
+    from muxtune.experiments.commands.problem import Options, parse_goal, parse_microbatches
     from muxtune.experiments.console import Progress
 
     options = Options(
@@ -232,6 +241,8 @@ def compare(
         allow_extrapolation=allow_extrapolation,
         draws=draws,
         seed=seed,
+        goal=parse_goal(objective, max_slowdown),
+        pareto=parse_pareto(pareto),
     )
     references = (*command.split_policies(policies), *(policy or ()))
     with Progress() as progress:
@@ -308,7 +319,8 @@ def list_(
     kind: Annotated[
         str | None,
         typer.Argument(
-            metavar="[KIND]", help="policies, models, devices, datasets, traces, cost-models, peft, profiles."
+            metavar="[KIND]",
+            help="policies, objectives, models, devices, datasets, traces, cost-models, peft, profiles.",
         ),
     ] = None,
     as_json: opt.AsJson = False,

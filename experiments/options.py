@@ -80,6 +80,18 @@ Cost = Annotated[
         "a recorded profile that covers what is asked, else roofline.",
     ),
 ]
+Objective = Annotated[
+    str,
+    typer.Option(
+        "--objective",
+        metavar="NAME|FILE.py:CLASS",
+        help="What plans are ranked by (see `muxtune list objectives`); policies that search optimise it.",
+    ),
+]
+MaxSlowdown = Annotated[
+    float | None,
+    typer.Option("--max-slowdown", metavar="X", help="Refuse plans that slow a task more than this, against alone."),
+]
 Extrapolate = Annotated[
     bool, typer.Option("--allow-extrapolation", help="Answer outside the measured range, and say how much rests on it.")
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from muxtune.policies.objectives.base import THROUGHPUT, Goal
 from muxtune.sim.cost.base import CostModel
 from muxtune.spec.cluster import Cluster
 from muxtune.spec.errors import InputError, UnknownKeyError
@@ -25,7 +26,9 @@ class SystemState:
     """What a policy plans for. `evaluate` runs the simulator on a candidate, for policies that search with it.
 
     `choices` are the layouts and micro-batch counts that a policy with `chooses_layout` may pick from; without any it takes
-    `layout` and `microbatches`, or what its docstring says.
+    `layout` and `microbatches`, or what its docstring says. `goal` is what a policy that judges plans ranks them by (`rank`).
+    `current` is the plan in force, where there is one: tasks that it has and `workload` has not have left, others have arrived
+    (policies/online/replan.py; a policy itself need not look at it).
     """
 
     workload: Workload
@@ -35,6 +38,12 @@ class SystemState:
     seed: int = 0
     evaluate: Evaluate | None = field(default=None, compare=False)
     choices: tuple[LayoutChoice, ...] = ()
+    goal: Goal = THROUGHPUT
+    current: Plan | None = None
+
+    def rank(self, found: Estimate) -> tuple[float, float, int]:
+        """Sorts what is predicted of plans by the goal, best first; by iteration time where nothing else was asked."""
+        return self.goal.rank(self.workload, found)
 
 
 @noun

@@ -1,7 +1,7 @@
 """Layout and shape search, the same for every policy: tp × pp × dp × C, pruned by shape and memory, judged by `evaluate`.
 
-A policy that chooses layouts itself is handed all of them; any other is planned once for each, and the plan of least
-iteration time is kept (ties: fewer devices, then the earlier choice).
+A policy that chooses layouts itself is handed all of them; any other is planned once for each, and the plan that the goal
+ranks first (least iteration time, unless the state says otherwise) is kept; ties: fewer devices, then the earlier choice.
 """
 
 from __future__ import annotations
@@ -129,12 +129,12 @@ def plan_over(policy: Policy, key: str, state: SystemState, choices: Choices) ->
         evaluations = plan.made_by.solver.evaluations if plan.made_by.solver else 0
         return _signed(plan, choices, 0, evaluations)
     evaluate = require_evaluate(key, state)
-    found: list[tuple[int, int, int, Plan]] = []
+    found: list[tuple[tuple[float, ...], int, int, Plan]] = []
     reason = ""
     for index, choice in enumerate(kept):
         try:
             plan = policy.plan(replace(state, layout=choice.layout, microbatches=choice.microbatches))
-            found.append((evaluate(plan).iteration_ns, choice.layout.ranks, index, plan))
+            found.append((state.rank(evaluate(plan)), choice.layout.ranks, index, plan))
         except NoAnswerError as error:
             reason = f"{choice.name}: {error}"
     if not found:

@@ -19,6 +19,7 @@ from muxtune.policies.columns import Column, Columns, Priced, columns_of, total_
 from muxtune.policies.fusion import exact_partition, greedy_partition
 from muxtune.policies.knapsack import Knapsack
 from muxtune.policies.master import Limits, Listed, Master, Pricer
+from muxtune.policies.objectives.base import THROUGHPUT
 from muxtune.policies.solver import SEED, Backend, usual_backend
 from muxtune.policies.surrogate import Surrogate
 from muxtune.policies.thresholds import close
@@ -108,25 +109,37 @@ class Ilp(Policy):
         if state.evaluate is None:
             return plan
         others = [(total_ns(p), self._plan(surrogate, columns, p, record)) for n, p in starts.items() if n != "alone"]
-        return _judged(state.evaluate, plan, others)
+        return _judged(state, state.evaluate, plan, others)
 
     def _plan(self, surrogate: Surrogate, columns: Columns, partition: Sequence[Column], record: SolverRecord) -> Plan:
         instance, gap = arrange(surrogate, columns.groups(partition), orchestration=self.config.orchestration)
         return make_plan(self, "ilp", surrogate.state, [instance], replace(record, balance_gap=gap))
 
 
-def _judged(evaluate: Evaluate, plan: Plan, others: Sequence[tuple[int, Plan]]) -> Plan:
-    """The plan with its simulated value and the inversions among it and others, which are (value, plan)."""
+def _judged(state: SystemState, evaluate: Evaluate, plan: Plan, others: Sequence[tuple[int, Plan]]) -> Plan:
+    """The plan with its simulated value and the inversions among it and others, which are (value, plan).
+
+    Where the state asks for more than throughput, the one that its goal ranks first takes the plan's place.
+    """
     record = plan.made_by.solver
     assert record is not None
     assert record.value_ns is not None
-    simulated = [(record.value_ns, evaluate(plan).iteration_ns)]
-    for value_ns, other in others:
-        if not check(other):
-            simulated.append((value_ns, evaluate(other).iteration_ns))
-    inversions = sum((a[0] - b[0]) * (a[1] - b[1]) < 0 for a, b in combinations(simulated, 2))
-    record = replace(record, simulated_ns=simulated[0][1], inversions=inversions)
-    return replace(plan, made_by=replace(plan.made_by, solver=record))
+    executable = [(value_ns, other) for value_ns, other in others if not check(other)]
+    simulated = [(value_ns, evaluate(x), x) for value_ns, x in ((record.value_ns, plan), *executable)]
+    pairs = combinations([(value_ns, found.iteration_ns) for value_ns, found, _ in simulated], 2)
+    inversions = sum((a[0] - b[0]) * (a[1] - b[1]) < 0 for a, b in pairs)
+    value_ns, found, best = simulated[0] if state.goal == THROUGHPUT else min(simulated, key=lambda x: state.rank(x[1]))
+    record = best.made_by.solver or record
+    bound_ns = record.bound_ns
+    record = replace(
+        record,
+        status="optimal" if bound_ns == value_ns else "feasible",
+        gap=None if bound_ns is None else (value_ns - bound_ns) / value_ns,
+        value_ns=value_ns,
+        simulated_ns=found.iteration_ns,
+        inversions=inversions,
+    )
+    return replace(best, made_by=replace(best.made_by, solver=record))
 
 
 def starting_partitions(columns: Columns) -> dict[str, tuple[Column, ...]]:

@@ -55,21 +55,22 @@ class Nemo(Policy):
             layout_choices(state.workload, state.cluster, (state.microbatches,), recompute=state.layout.recompute),
         )
         alone, evaluations = self._alone(state, choices)
-        found: list[tuple[int, int, str, Plan]] = []
+        found: list[tuple[tuple[float, ...], int, int, str, Plan]] = []
         reason = ""
         ranked = sorted(_arrangements(state, choices, alone), key=lambda a: (a.expected_ns, a.name))
         for index, arrangement in enumerate(ranked):
             plan = self._whole(state, arrangement)
             evaluations += 1
             try:
-                found.append((evaluate(require_feasible(plan)).iteration_ns, index, arrangement.name, plan))
+                judged = evaluate(require_feasible(plan))
+                found.append((state.rank(judged), index, judged.iteration_ns, arrangement.name, plan))
             except NoAnswerError as error:
                 reason = reason or str(error)
             if len(found) == FINALISTS:
                 break
         if not found:
             raise InfeasibleError(reason or self._none_alone(state, choices))
-        value_ns, _, name, plan = min(found, key=lambda x: x[:2])
+        *_, value_ns, name, plan = min(found, key=lambda x: x[:2])
         status = f"best of {len(ranked)} arrangements by their tasks' times alone, {len(found)} judged whole: {name}"
         record = SolverRecord(name="layout-grid", status=status, value_ns=value_ns, evaluations=evaluations)
         return replace(plan, made_by=replace(plan.made_by, solver=record))

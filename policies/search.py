@@ -2,11 +2,12 @@
 
 Burke and Bykov (2017): a neighbour is accepted if it is no worse than the current candidate, or than the one `MEMORY` turns
 ago. Of a few neighbours the one whose eager template is shortest is evaluated. The best plan seen is returned, so it is never
-worse than any of the starts.
+worse than any of the starts. Better is what the state's goal ranks first: less iteration time, unless it says otherwise.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,6 +39,8 @@ PROPOSALS = 6
 STALE, KICKS, KICK_MOVES = 10, 6, 4
 
 Alignments = Literal["pad", "varlen", "chunk", "any"]
+#: See `Goal.rank`.
+Rank = tuple[float, float, int]
 
 
 @noun
@@ -98,9 +101,9 @@ class _Run:
             choices=state.choices or (given,), alignments=alignments, chunk_tokens=chunk_sizes(state.workload)
         )
         self.evaluations = 0
-        self.reached: dict[str, int] = {}
-        self.seen: dict[Candidate, int | None] = {}
-        self.best: tuple[int, Plan] | None = None
+        self.reached: dict[str, Rank] = {}
+        self.seen: dict[Candidate, Rank | None] = {}
+        self.best: tuple[Rank, Plan] | None = None
         self.refusal = ""
         self.ended = "the budget was spent"
         self.spent = _clock(self.config.seconds)
@@ -129,16 +132,16 @@ class _Run:
             return
         if any(h.alignment not in self.freedom.alignments for i in plan.instances for h in i.htasks):
             return
-        value_ns = self._judge(plan)
-        if value_ns is None:
+        rank = self._judge(plan)
+        if rank is None:
             return
-        self.reached[name] = min(value_ns, self.reached.get(name, value_ns))
+        self.reached[name] = min(rank, self.reached.get(name, rank))
         candidate = candidate_of(plan)
         if candidate is not None:
-            self.seen[candidate] = min(value_ns, self.seen.get(candidate) or value_ns)
+            self.seen[candidate] = min(rank, self.seen.get(candidate) or rank)
 
-    def _judge(self, plan: Plan) -> int | None:
-        """Iteration time; None for a plan that cannot be executed or priced. Remembers the best."""
+    def _judge(self, plan: Plan) -> Rank | None:
+        """Where the goal ranks a plan; None for one that cannot be executed or priced. Remembers the best."""
         try:
             found = self.evaluate(plan)
         except NoAnswerError as error:
@@ -146,10 +149,10 @@ class _Run:
             self.refusal = self.refusal or str(error)
             return None
         self.evaluations += found.draws
-        value_ns = found.iteration_ns
-        if self.best is None or value_ns < self.best[0]:
-            self.best = (value_ns, plan)
-        return value_ns
+        rank = self.state.rank(found)
+        if self.best is None or rank < self.best[0]:
+            self.best = (rank, plan)
+        return rank
 
     def climb(self) -> None:
         """Late acceptance until the budget or the neighbourhood ends."""
@@ -157,8 +160,8 @@ class _Run:
         if not starts:
             self.ended = "no start has a neighbourhood"
             return
-        current_ns, _, current = min(starts, key=lambda x: x[:2])
-        history = [current_ns] * MEMORY
+        current_rank, _, current = min(starts, key=lambda x: x[:2])
+        history = [current_rank] * MEMORY
         turn = stale = 0
         while self.evaluations < self.config.evaluations and not self.spent():
             found = self._proposal(current)
@@ -172,10 +175,10 @@ class _Run:
                 continue
             stale = 0
             candidate, plan = found
-            value_ns = self.seen[candidate] = self._judge(plan)
-            if value_ns is not None and value_ns <= max(current_ns, history[turn % MEMORY]):
-                current, current_ns = candidate, value_ns
-            history[turn % MEMORY] = current_ns
+            rank = self.seen[candidate] = self._judge(plan)
+            if rank is not None and rank <= max(current_rank, history[turn % MEMORY]):
+                current, current_rank = candidate, rank
+            history[turn % MEMORY] = current_rank
             turn += 1
 
     def _kicked(self, current: Candidate) -> Candidate:
@@ -205,19 +208,29 @@ class _Run:
         """The best plan, signed; its record says what the starts reached and why the search ended."""
         if self.best is None:
             raise InfeasibleError(f"policy search: no start is feasible: {self.refusal}")
-        value_ns, plan = self.best
-        reached = ", ".join(f"{name} {format_ns(ns)}" for name, ns in sorted(self.reached.items(), key=lambda x: x[1]))
-        best_start_ns = min(self.reached.values())
-        gain = f"{100 * (1 - value_ns / best_start_ns):.1f} % below the best start"
+        rank, plan = self.best
+        starts = sorted(self.reached.items(), key=lambda x: x[1])
+        reached = ", ".join(f"{name} {self._cost_text(start)}" for name, start in starts)
         record = SolverRecord(
             name="late-acceptance",
-            status=f"{self.evaluations} evaluations, {self.ended}; {gain}; starts: {reached}",
-            value_ns=value_ns,
+            status=f"{self.evaluations} evaluations, {self.ended}; {_gain(rank, starts[0][1])}; starts: {reached}",
+            value_ns=rank[2],
             evaluations=self.evaluations,
             deterministic=self.config.seconds is None,
         )
         made_by = self.builder.signature()
         return replace(plan, made_by=replace(made_by, solver=record))
+
+    def _cost_text(self, rank: Rank) -> str:
+        """Iteration time, with the objective's cost where that is another."""
+        time_text, objective = format_ns(rank[2]), self.state.goal.objective
+        return time_text if objective == "throughput" else f"{time_text} ({objective} {rank[1]:.4g})"
+
+
+def _gain(rank: Rank, start: Rank) -> str:
+    """How far the cost is below that of the best start."""
+    share = 1 - rank[1] / start[1] if 0 < start[1] < math.inf else 0.0
+    return f"{100 * share:.1f} % below the best start"
 
 
 def _clock(seconds: float | None) -> Callable[[], bool]:

@@ -26,7 +26,7 @@ from muxtune.spec.errors import InputError
 from muxtune.spec.estimate import Estimate, Share, TaskStep
 from muxtune.spec.flops import useful_flops
 from muxtune.spec.memory import rank_peaks
-from muxtune.spec.metrics import bubble_fraction, task_step_ns
+from muxtune.spec.metrics import TaskPace, bubble_fraction, task_paces
 from muxtune.spec.noun import noun
 from muxtune.spec.plan import Plan
 from muxtune.spec.program import Bound
@@ -160,7 +160,7 @@ def _summary(runs: Sequence[_Run], cost: CostModel) -> Estimate:
         iteration_ns=round(mean_ns),
         spread=statistics.stdev(iterations_ns) / mean_ns if len(runs) > 1 else 0.0,
         draws=len(runs),
-        per_task=_per_task(timelines),
+        per_task=_per_task(runs),
         peak_bytes=tuple(max(rank) for rank in zip(*(r.peak_bytes for r in runs), strict=True)),
         raw_tokens=raw,
         billed_tokens=billed,
@@ -205,13 +205,20 @@ def _mfu(runs: Sequence[_Run], tokens: Literal["raw", "billed"], device_ns: int)
     return useful * NS_PER_S / (plan.cluster.device.peak_flops(plan.workload.model.dtype) * device_ns)
 
 
-def _per_task(timelines: Sequence[Timeline]) -> tuple[TaskStep, ...]:
-    steps_ns: dict[str, list[int]] = {}
-    for timeline in timelines:
-        for task, step_ns in task_step_ns(timeline):
-            steps_ns.setdefault(task, []).append(step_ns)
+def _per_task(runs: Sequence[_Run]) -> tuple[TaskStep, ...]:
+    """Means over the runs."""
+    paces: dict[str, list[TaskPace]] = {}
+    for run in runs:
+        for pace in task_paces(run.timeline, run.bound.plan.instances):
+            paces.setdefault(pace.task, []).append(pace)
     return tuple(
-        TaskStep(task=task, step_ns=round(statistics.fmean(found))) for task, found in sorted(steps_ns.items())
+        TaskStep(
+            task=task,
+            step_ns=round(statistics.fmean(p.step_ns for p in found)),
+            period_ns=round(statistics.fmean(p.period_ns for p in found)),
+            end_ns=round(statistics.fmean(p.end_ns for p in found)),
+        )
+        for task, found in sorted(paces.items())
     )
 
 

@@ -7,11 +7,18 @@ from muxtune.spec.noun import noun
 
 @noun
 class TaskStep:
-    """Time of one optimizer step of a task; `slowdown` is against running alone on the same devices, where known."""
+    """Time of one optimizer step of a task; `slowdown` is `period_ns` against running alone on the same devices, where known.
+
+    `period_ns` is the time from one of its steps to the next: the iteration of the instances that share its devices (others
+    do not wait for it). `end_ns` is when its step ends, counted from the start of its iteration. None: a file from before
+    the field.
+    """
 
     task: str
     step_ns: int
     slowdown: float | None = None
+    period_ns: int | None = None
+    end_ns: int | None = None
 
 
 @noun

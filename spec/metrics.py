@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from muxtune.spec.intervals import length, overlap, union
 from muxtune.spec.noun import noun
+from muxtune.spec.plan import Instance
 from muxtune.spec.stalls import StepBegins, step_begin_ns
 from muxtune.spec.timeline import Span, Timeline
 
@@ -48,17 +49,77 @@ def exposed_comm_fraction(timeline: Timeline) -> float:
 
 def task_step_ns(timeline: Timeline) -> tuple[tuple[str, int], ...]:
     """(task, ns of one optimizer step): from the first span that carries the task to the end of its step, averaged over steps."""
-    first: dict[tuple[str, int], int] = {}
-    last: dict[tuple[str, int], int] = {}
+    first, last = _task_edges(timeline)
+    return tuple((t, _mean([last[k] - first[k] for k in first if k[0] == t])) for t in _tasks(first))
+
+
+@noun
+class TaskPace:
+    """A task's step, the time from one of its steps to the next, and when in its iteration its step ends."""
+
+    task: str
+    step_ns: int
+    period_ns: int
+    end_ns: int
+
+
+def task_paces(timeline: Timeline, instances: Sequence[Instance]) -> tuple[TaskPace, ...]:
+    """Paces of all tasks, by id. The iteration of instances that share devices, directly or through others, is theirs alone."""
+    first, last = _task_edges(timeline)
+    found: list[TaskPace] = []
+    groups = device_groups(instances)
+    makespans_ns = [
+        timeline.makespan_ns if len(groups) == 1 else max(at for (t, _), at in last.items() if t in group)
+        for group in groups
+    ]
+    for task in _tasks(first):
+        period_ns = next(ns for ns, group in zip(makespans_ns, groups, strict=True) if task in group) / timeline.steps
+        keys = [k for k in first if k[0] == task]
+        found.append(
+            TaskPace(
+                task=task,
+                step_ns=_mean([last[k] - first[k] for k in keys]),
+                period_ns=round(period_ns),
+                end_ns=_mean([last[k] - k[1] * period_ns for k in keys]),
+            )
+        )
+    return tuple(found)
+
+
+def device_groups(instances: Sequence[Instance]) -> tuple[frozenset[str], ...]:
+    """The tasks of instances that share devices, directly or through others."""
+    groups: list[tuple[set[int], set[str]]] = []
+    for instance in instances:
+        devices, tasks = set(instance.devices), set(instance.tasks)
+        for other in [g for g in groups if g[0] & devices]:
+            groups.remove(other)
+            devices |= other[0]
+            tasks |= other[1]
+        groups.append((devices, tasks))
+    return tuple(frozenset(tasks) for _, tasks in groups)
+
+
+TaskEdges = dict[tuple[str, int], int]
+
+
+def _task_edges(timeline: Timeline) -> tuple[TaskEdges, TaskEdges]:
+    """Start of the first and end of the last span that carries a task, by (task, step)."""
+    first: TaskEdges = {}
+    last: TaskEdges = {}
     for span in timeline.spans:
         for task in span.tasks:
             at = (task, span.key.step)
             first[at] = min(first.get(at, span.start_ns), span.start_ns)
             last[at] = max(last.get(at, 0), span.end_ns)
-    tasks = sorted({task for task, _ in first})
-    return tuple(
-        (t, round(sum(last[k] - first[k] for k in first if k[0] == t) / sum(k[0] == t for k in first))) for t in tasks
-    )
+    return first, last
+
+
+def _tasks(edges: TaskEdges) -> list[str]:
+    return sorted({task for task, _ in edges})
+
+
+def _mean(values: Sequence[float]) -> int:
+    return round(sum(values) / len(values))
 
 
 @noun

@@ -18,7 +18,7 @@ from muxtune.spec.errors import DuplicateKeyError, InputError, UnknownKeyError
 HELPERS = frozenset(
     {
         *("__init__", "base", "build", "fusion", "launches", "stage_latency", "surrogate", "template"),
-        *("candidates", "choices", "moves", "packing"),
+        *("alone", "candidates", "choices", "moves", "packing"),
         *("arrange", "balance", "columns", "diving", "floors", "knapsack", "master", "solver", "thresholds"),
     }
 )

@@ -11,17 +11,18 @@ from typing import Any
 
 from muxtune.experiments.commands.inputs import Progress, output_folder, silent
 from muxtune.experiments.commands.means import geometric_means, means_table
-from muxtune.experiments.commands.plan import timed_plan
+from muxtune.experiments.commands.pareto import mark, pareto_table
+from muxtune.experiments.commands.plan import timed_plan, with_alone
 from muxtune.experiments.commands.problem import Options, Problem, problem_text, read_problem
 from muxtune.experiments.commands.rows import (
     UNCALIBRATED,
-    Alone,
     feasible_row,
     figures_table,
     infeasible_row,
     time_table,
 )
 from muxtune.experiments.console import json_text, render
+from muxtune.policies.alone import Alone
 from muxtune.policies.base import make_policy, policies
 from muxtune.spec.errors import InputError, MuxtuneError
 from muxtune.spec.files import write_noun, write_text
@@ -59,6 +60,7 @@ def run(
 ) -> dict[str, Any]:
     """One row a policy (all of them by default) for each workload on each cluster; `out` gets compare.json, plans, a chart.
 
+    Rows stand in the order of the goal, fastest first without one; with `options.pareto` the best trade-offs are marked.
     One case has its keys at the top; several stand in `cases`, with `geometric_means` beside them. `jobs` processes share the
     work; what they find does not depend on how many there are.
 
@@ -73,23 +75,46 @@ def run(
     answers = _answers(problems, names, jobs)
     cases: list[dict[str, Any]] = []
     for index, problem in enumerate(problems):
-        rows: list[dict[str, Any]] = []
+        found: list[Answered] = []
         for place, name in enumerate(names, start=1):
             row, plan = next(answers)
-            rows.append(row)
+            found.append((row, plan))
             if folder and plan:
                 home = folder if len(problems) == 1 else output_folder(folder / _case_name(index, problem))
                 write_noun(plan, home / f"plan-{place}-{_slug(name)}.json")
             progress("plan", index * len(names) + place, len(problems) * len(names))
-        rows.sort(key=lambda r: (not r["feasible"], r["iteration_ns"] or 0, r["policy"]))
-        cases.append({**problem.body(), **_best(rows), "rows": rows})
+        cases.append(_case(problem, found))
     body = cases[0] if len(cases) == 1 else {"cases": cases, "geometric_means": geometric_means(cases, names)}
     if folder:
-        from muxtune.experiments.plots.compare import bars
-
-        write_text(folder / "compare.json", json_text(body))
-        write_text(folder / "compare.svg", bars(cases))
+        _write(folder, body, cases)
     return body
+
+
+def _case(problem: Problem, found: Sequence[Answered]) -> dict[str, Any]:
+    """Rows in the order of the goal, those without a plan last."""
+
+    def place(answered: Answered) -> tuple[Any, ...]:
+        row, plan = answered
+        if plan is None or plan.predicted is None:
+            return (True, (), row["policy"])
+        return (False, problem.options.goal.rank(plan.workload, plan.predicted), row["policy"])
+
+    ordered = sorted(found, key=place)
+    rows = [row for row, _ in ordered]
+    case = {**problem.body(), **_best(rows, problem.options.goal.objective), "rows": rows}
+    if problem.options.pareto:
+        mark(case, [plan for _, plan in ordered], problem.options.pareto)
+    return case
+
+
+def _write(folder: Path, body: dict[str, Any], cases: Sequence[dict[str, Any]]) -> None:
+    from muxtune.experiments.plots.compare import bars
+    from muxtune.experiments.plots.pareto import scatter
+
+    write_text(folder / "compare.json", json_text(body))
+    write_text(folder / "compare.svg", bars(cases))
+    if "pareto" in cases[0]:
+        write_text(folder / "pareto.svg", scatter(cases))
 
 
 def answered(body: dict[str, Any]) -> bool:
@@ -118,9 +143,9 @@ def _answer_of(work: tuple[Problem, str]) -> Answered:
 def _answer(problem: Problem, name: str, alone: Alone) -> Answered:
     """A policy's row; whatever it raises is its reason, so that one broken policy does not stop the others."""
     try:
-        plan = timed_plan(make_policy(name, problem.cost), problem.state(), problem.choices)
+        plan = with_alone(timed_plan(make_policy(name, problem.cost), problem.state(), problem.choices), alone)
         assert plan.predicted is not None
-        return feasible_row(name, plan, plan.predicted, alone.per_task(plan, plan.predicted)), plan
+        return feasible_row(name, plan, plan.predicted, problem.options.objectives), plan
     except MuxtuneError as error:
         return infeasible_row(name, str(error)), None
     except Exception as error:
@@ -136,16 +161,19 @@ def _case_name(index: int, problem: Problem) -> str:
     return f"{index + 1}-{_slug(problem.workload.name)}-{_slug(problem.cluster.name)}"
 
 
-def _best(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The fastest policy, and those that the cost model's error cannot tell from it."""
+def _best(rows: Sequence[dict[str, Any]], objective: str) -> dict[str, Any]:
+    """The policy that is best by the objective, and those that the cost model's error cannot tell from it."""
     feasible = [r for r in rows if r["feasible"]]
     if not feasible:
         return {"best": None, "unresolved": []}
     best = feasible[0]
 
     def close(row: dict[str, Any]) -> bool:
-        difference = row["iteration_ns"] / best["iteration_ns"] - 1
-        return bool(difference <= max(row["relative_error"], best["relative_error"]))
+        if objective == "throughput":
+            value, least = row["iteration_ns"], best["iteration_ns"]
+        else:
+            value, least = row["objectives"][objective], best["objectives"][objective]
+        return bool(value <= least * (1 + max(row["relative_error"], best["relative_error"])))
 
     return {"best": best["policy"], "unresolved": [r["policy"] for r in feasible[1:] if close(r)]}
 
@@ -164,7 +192,10 @@ def _case_parts(case: dict[str, Any]) -> Iterator[Any]:
     feasible = [r for r in case["rows"] if r["feasible"]]
     yield problem_text(case)
     if feasible:
-        yield from (figures_table(feasible, case["best"]), "* fastest", time_table(feasible))
+        star = "* fastest" if case["objective"] == "throughput" else f"* best by {case['objective']}"
+        yield from (figures_table(feasible, case["best"], [case["objective"]]), star, time_table(feasible))
+        if "pareto" in case:
+            yield from (pareto_table(case), "+ no other policy is better in one and as good in the other")
     if case["unresolved"]:
         yield f"within the cost model's error of {case['best']}: {', '.join(case['unresolved'])}"
     yield from (f"{r['policy']}: no plan: {r['reason']}" for r in case["rows"] if not r["feasible"])

@@ -12,9 +12,10 @@ from muxtune.experiments.commands.inputs import output_file, provenance
 from muxtune.experiments.commands.problem import Options, problem_text, read_problem
 from muxtune.experiments.commands.rows import UNCALIBRATED, feasible_row, figures_table
 from muxtune.experiments.console import render
+from muxtune.policies.alone import Alone
 from muxtune.policies.base import Policy, SystemState, make_policy
 from muxtune.policies.choices import Choices, plan_over
-from muxtune.spec.errors import InputError, MuxtuneError, PlanError
+from muxtune.spec.errors import InfeasibleError, InputError, MuxtuneError, PlanError
 from muxtune.spec.files import write_noun
 from muxtune.spec.plan import Plan
 
@@ -28,11 +29,17 @@ def run(workload: Path, cluster: str, policy: str, out: Path, options: Options |
     """
     path = output_file(out)
     problem = read_problem(workload, cluster, options or Options())
-    made = timed_plan(make_policy(policy, problem.cost), problem.state(), problem.choices)
+    made = with_alone(timed_plan(make_policy(policy, problem.cost), problem.state(), problem.choices), problem.alone())
     write_noun(made, path)
     assert made.predicted is not None
-    per_task = problem.alone().per_task(made, made.predicted)
-    return {**problem.body(), **feasible_row(policy, made, made.predicted, per_task), "out": str(path)}
+    row = feasible_row(policy, made, made.predicted, problem.options.objectives)
+    return {**problem.body(), **row, "out": str(path)}
+
+
+def with_alone(plan: Plan, alone: Alone) -> Plan:
+    """The plan, its prediction with every task's slowdown."""
+    assert plan.predicted is not None
+    return replace(plan, predicted=alone.slowdowns(plan, plan.predicted))
 
 
 def timed_plan(policy: Policy, state: SystemState, choices: Choices | None = None) -> Plan:
@@ -42,6 +49,7 @@ def timed_plan(policy: Policy, state: SystemState, choices: Choices | None = Non
 
     Raises:
         InputError: the policy itself is broken. PlanError: it planned something else than it was asked for.
+        InfeasibleError: the goal caps slowdowns, and the plan does not keep to it.
     """
     name = type(policy).__name__
     started_s = time.perf_counter()
@@ -62,10 +70,13 @@ def timed_plan(policy: Policy, state: SystemState, choices: Choices | None = Non
             f"policy {name}: its plan has another workload or cluster than it was given: plan state.workload"
         )
     assert state.evaluate is not None
-    return replace(made, predicted=state.evaluate(replace(made, predicted=None)), provenance=provenance(seconds))
+    predicted = state.evaluate(replace(made, predicted=None))
+    if refusal := state.goal.refusal(state.workload, predicted):
+        raise InfeasibleError(f"policy {made.made_by.policy}: {refusal}")
+    return replace(made, predicted=predicted, provenance=provenance(seconds))
 
 
 def show(body: dict[str, Any]) -> str:
     """A short table."""
-    parts = [problem_text(body), figures_table([body]), f"wrote {body['out']}"]
+    parts = [problem_text(body), figures_table([body], objectives=[body["objective"]]), f"wrote {body['out']}"]
     return render(*parts, *([] if body["cost_model"]["calibrated"] else [UNCALIBRATED]))

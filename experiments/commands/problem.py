@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from muxtune.experiments.commands.costs import AUTO, CostChoice, choose_cost
-from muxtune.experiments.commands.rows import Alone, cost_text
-from muxtune.policies.base import SystemState
+from muxtune.experiments.commands.rows import cost_text
+from muxtune.policies.alone import Alone, with_slowdowns
+from muxtune.policies.base import Evaluate, SystemState
 from muxtune.policies.choices import Choices, layout_choices, microbatch_counts
+from muxtune.policies.objectives.base import THROUGHPUT, Goal, require_objective
 from muxtune.sim.cost.base import CostModel
 from muxtune.sim.simulate import make_evaluate
 from muxtune.sim.traces.cluster import read_cluster
@@ -27,7 +30,8 @@ class Options:
     """Options of planning, as the command line spells them; `pp` None takes every device that is left.
 
     Several `microbatches`, or none (every power of two up to the largest global batch), are searched; `search_layout`
-    searches tp, pp and dp as well.
+    searches tp, pp and dp as well. `goal` is what plans are ranked by; `pareto` holds the objectives (two, or none) whose
+    best trade-offs `compare` marks.
     """
 
     tp: int = 1
@@ -41,6 +45,18 @@ class Options:
     allow_extrapolation: bool = False
     draws: int = 8
     seed: int = 0
+    goal: Goal = THROUGHPUT
+    pareto: tuple[str, ...] = ()
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Every objective that is named."""
+        return tuple(dict.fromkeys((self.goal.objective, *self.pareto)))
+
+    @property
+    def reads_slowdowns(self) -> bool:
+        """Whether plans are ranked or marked by slowdowns."""
+        return self.goal.reads_slowdowns or any(require_objective(o).reads_slowdowns for o in self.pareto)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +84,24 @@ class Problem:
             layout=self.layout,
             microbatches=self.microbatches,
             seed=self.options.seed,
-            evaluate=make_evaluate(self.cost, self.options.seed, self.options.draws),
+            evaluate=self._evaluate(),
+            goal=self.options.goal,
         )
+
+    def _evaluate(self) -> Evaluate:
+        evaluate = make_evaluate(self.cost, self.options.seed, self.options.draws)
+        return with_slowdowns(evaluate, self._references()) if self.options.goal.reads_slowdowns else evaluate
+
+    def _references(self) -> tuple[LayoutChoice, ...]:
+        """What a task alone may run under, where plans are ranked by slowdowns; else what the plan gives it."""
+        if not self.options.reads_slowdowns:
+            return ()
+        given = LayoutChoice(layout=self.layout, microbatches=self.microbatches)
+        return self.choices.kept if self.choices is not None and self.choices.kept else (given,)
 
     def alone(self) -> Alone:
         """Reference for slowdowns."""
-        return Alone(self.workload, self.cluster, self.cost, self.options.seed)
+        return Alone(make_evaluate(self.cost, self.options.seed, self.options.draws), self._references())
 
     def body(self) -> dict[str, Any]:
         """The keys that say what was asked."""
@@ -85,6 +113,11 @@ class Problem:
             "microbatches": self.microbatches if self.choices is None else self._searched_counts(),
             "layout_choices": None if self.choices is None else self._searched(),
             "seed": self.options.seed,
+            "objective": self.options.goal.objective,
+            "max_slowdown": self.options.goal.max_slowdown,
+            "slowdown_against": "alone under the plan's layout"
+            if not (n := len(self._references()))
+            else f"alone under the best of {n} choices",
             "cost_model": self.chosen.body(),
             "workload_digest": digest(self.workload),
         }
@@ -136,6 +169,8 @@ def read_problem(workload: Path, cluster: str, options: Options) -> Problem:
     Raises:
         InputError: wrong file, name or option.
     """
+    for name in options.objectives:
+        require_objective(name)
     tasks, place = read_workload(workload), read_cluster(cluster)
     choices = find_choices(tasks, place, options)
     if choices is not None and choices.kept:
@@ -190,6 +225,18 @@ def parse_microbatches(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, pieces)))
 
 
+def parse_goal(objective: str, max_slowdown: float | None) -> Goal:
+    """What plans are ranked by.
+
+    Raises:
+        UnknownKeyError: no such objective. InputError: a cap that is not above 0.
+    """
+    require_objective(objective)
+    if max_slowdown is not None and not 0 < max_slowdown < math.inf:
+        raise InputError(f"--max-slowdown {max_slowdown}: must be above 0; 1 is as fast as alone")
+    return Goal(objective=objective, max_slowdown=max_slowdown)
+
+
 def problem_text(body: dict[str, Any]) -> str:
     """One line that says what was asked."""
     counts = body["microbatches"]
@@ -199,4 +246,7 @@ def problem_text(body: dict[str, Any]) -> str:
     if found := body["layout_choices"]:
         left_out = f"{found['pruned_shape']} ruled out by shape, {found['pruned_memory']} by memory"
         head += f" ({found['kept']} choices, {left_out})"
+    if body["objective"] != "throughput" or body["max_slowdown"] is not None:
+        cap = "" if body["max_slowdown"] is None else f", slowdown at most {body['max_slowdown']:g}x"
+        head += f", objective {body['objective']}{cap}"
     return f"{head}, {cost_text(body['cost_model'])}"

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from muxtune.experiments.console import table
-from muxtune.policies.base import SystemState
-from muxtune.policies.hf_peft import HfPeft
+from muxtune.policies.objectives.base import require_objective, values
 from muxtune.sim.cost.base import CostModel
-from muxtune.sim.simulate import estimate
-from muxtune.spec.cluster import Cluster
-from muxtune.spec.errors import MuxtuneError
 from muxtune.spec.estimate import Estimate
-from muxtune.spec.layout import Layout
 from muxtune.spec.noun import plain
 from muxtune.spec.plan import Plan, SolverRecord
-from muxtune.spec.task import Task, Workload
 from muxtune.spec.units import format_bytes, format_ns
 
 UNCALIBRATED = "uncalibrated: data sheet figures, nothing was measured; profile the device and give --cost DIR"
@@ -28,11 +21,15 @@ FIGURES = (
     *("energy_j", "truncated_tokens", "extrapolated_fraction", "relative_error", "plan_seconds", "solver"),
     *("plan_digest", "per_task", "chosen_layouts", "chosen_microbatches", "layout_search"),
     *("utilisation", "mfu", "mfu_billed", "stalls", "joules_per_billed_token", "energy_idle_j", "energy_dynamic_j"),
+    "objectives",
 )
 
 
-def feasible_row(policy: str, plan: Plan, found: Estimate, per_task: dict[str, Any]) -> dict[str, Any]:
-    """The row of a plan and what is predicted of it."""
+def feasible_row(policy: str, plan: Plan, found: Estimate, objectives: Sequence[str] = ()) -> dict[str, Any]:
+    """The row of a plan and what is predicted of it; `objectives` adds some of one's own to those of the folder.
+
+    A task's slowdown is its time from step to step against running alone (policies/alone.py fills it in).
+    """
     rates = {f"{kind}_per_s": found.rate_per_s(getattr(found, kind)) for kind in _TOKENS}
     same = ("iteration_ns", "spread", "draws", "bubble_fraction", "exposed_comm_fraction", "host_bound_fraction")
     more = ("energy_j", "truncated_tokens", "extrapolated_fraction", "relative_error")
@@ -46,10 +43,11 @@ def feasible_row(policy: str, plan: Plan, found: Estimate, per_task: dict[str, A
         "plan_seconds": plan.provenance.plan_seconds,
         "solver": _solver(plan.made_by.solver),
         "plan_digest": plan.decision_digest(),
-        "per_task": per_task,
+        "per_task": {row.pop("task"): row for row in map(plain, found.per_task)},
         "chosen_layouts": sorted({i.layout.name for i in plan.instances}),
         "chosen_microbatches": sorted({i.microbatches for i in plan.instances}),
         "layout_search": plain(plan.made_by.layouts) if plan.made_by.layouts else None,
+        "objectives": values(plan.workload, found, objectives),
     }
     return {"policy": policy, "feasible": True, "reason": "", **{name: figures[name] for name in FIGURES}}
 
@@ -70,42 +68,6 @@ def _solver(record: SolverRecord | None) -> dict[str, Any] | None:
     return {name: body.pop(name) for name in ("name", "status", "bound_ns", "gap")} | body
 
 
-class Alone:
-    """Iteration time of a task that has the devices for itself (`hf-peft` with one task); equal tasks are planned once."""
-
-    def __init__(self, workload: Workload, cluster: Cluster, cost: CostModel, seed: int) -> None:
-        self.workload, self.cluster, self.cost, self.seed = workload, cluster, cost, seed
-        self._known: dict[Any, int | None] = {}
-
-    def iteration_ns(self, task: Task, layout: Layout, microbatches: int) -> int | None:
-        """None where the task alone has no feasible plan, or the cost model no figure for it."""
-        key = (task.peft, task.billed_len_tokens, task.global_batch_samples, layout, microbatches)
-        if key not in self._known:
-            self._known[key] = self._plan(task, layout, microbatches)
-        return self._known[key]
-
-    def _plan(self, task: Task, layout: Layout, microbatches: int) -> int | None:
-        workload = replace(self.workload, tasks=(task,))
-        state = SystemState(
-            workload=workload, cluster=self.cluster, layout=layout, microbatches=microbatches, seed=self.seed
-        )
-        try:
-            plan = HfPeft(HfPeft.Config(), self.cost).plan(state)
-            return estimate(plan, self.cost, self.seed).iteration_ns
-        except MuxtuneError:
-            return None
-
-    def per_task(self, plan: Plan, found: Estimate) -> dict[str, Any]:
-        """Every task's step time, and its slowdown: time from one of its steps to the next, against running alone."""
-        places = {task: (i.layout, i.microbatches) for i in plan.instances for task in i.tasks}
-        body: dict[str, Any] = {}
-        for row in found.per_task:
-            alone_ns = self.iteration_ns(self.workload.task(row.task), *places[row.task])
-            slowdown = found.iteration_ns / alone_ns if alone_ns else None
-            body[row.task] = {"step_ns": row.step_ns, "slowdown": slowdown}
-        return body
-
-
 def cost_body(cost: CostModel) -> dict[str, Any]:
     """id and calibrated."""
     return {"id": cost.model_id, "calibrated": cost.calibrated}
@@ -117,17 +79,29 @@ def cost_text(body: dict[str, Any]) -> str:
     return "; ".join(filter(None, (text, body.get("why"), *body.get("notes", ()))))
 
 
+def objective_text(name: str, value: float | None) -> str:
+    """A value with its unit."""
+    if value is None:
+        return "-"
+    digits = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{digits} {require_objective(name).unit}".rstrip()
+
+
 def percent(value: float | None) -> str:
     """A fraction as a percentage."""
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def figures_table(rows: Sequence[dict[str, Any]], best: str | None = None) -> Any:
-    """Feasible rows as a table; the best one carries a star."""
+def figures_table(rows: Sequence[dict[str, Any]], best: str | None = None, objectives: Sequence[str] = ()) -> Any:
+    """Feasible rows as a table, with a column for each objective that is asked for; the best one carries a star."""
     names = ["policy", "iteration", "billed tok/s", "processed tok/s", "peak mem", "J/billed tok", "model error"]
     if any(row["extrapolated_fraction"] for row in rows):
         names.append("extrapolated")
     cells = [_cells(row, best, "extrapolated" in names) for row in rows]
+    shown = [o for o in objectives if o != "throughput"]
+    names += shown
+    for row, line in zip(rows, cells, strict=True):
+        line[-1:] = [*(objective_text(o, row["objectives"][o]) for o in shown), line[-1]]
     if not any(row["layout_search"] for row in rows):
         return table([*names, "plan s"], cells)
     return table([*names, "plan s", "layout"], [[*c, _layout_text(row)] for c, row in zip(cells, rows, strict=True)])

@@ -19,7 +19,6 @@ from muxtune.experiments.commands.inputs import output_file, output_folder, read
 from muxtune.experiments.commands.memory import memory_rows, memory_table
 from muxtune.experiments.commands.rows import (
     UNCALIBRATED,
-    Alone,
     cost_body,
     cost_text,
     energy_text,
@@ -29,9 +28,10 @@ from muxtune.experiments.commands.rows import (
     time_table,
 )
 from muxtune.experiments.console import json_text, render
+from muxtune.policies.alone import Alone
 from muxtune.sim.cost._frequency import AtFrequency
 from muxtune.sim.cost.base import CostModel
-from muxtune.sim.simulate import Simulation, estimate, simulate
+from muxtune.sim.simulate import Simulation, estimate, make_evaluate, simulate
 from muxtune.spec.bind import bind
 from muxtune.spec.check import require_valid
 from muxtune.spec.chrome import chrome_trace
@@ -105,13 +105,12 @@ def run(
 
 def _figures(plan: Plan, model: CostModel, seed: int, draws: int) -> dict[str, Any]:
     """What is predicted of a plan, means over draws."""
-    predicted = estimate(plan, model, seed, draws)
-    alone = Alone(plan.workload, plan.cluster, model, seed)
+    predicted = Alone(make_evaluate(model, seed, draws)).slowdowns(plan, estimate(plan, model, seed, draws))
     return {
         "workload": plan.workload.name,
         "cluster": plan.cluster.name,
         "seed": seed,
-        **feasible_row(plan.made_by.policy, plan, predicted, alone.per_task(plan, predicted)),
+        **feasible_row(plan.made_by.policy, plan, predicted),
     }
 
 
