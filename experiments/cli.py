@@ -106,11 +106,16 @@ def plan(
     cost: opt.Cost = "auto",
     allow_extrapolation: opt.Extrapolate = False,
     seed: opt.Seed = 0,
+    current: opt.CurrentPlan = None,
+    replan_cost: opt.ReplanCost = 0.0,
+    horizon: opt.Horizon = 3600.0,
+    full: opt.FullReplan = False,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Plan file to write.")] = Path("plan.json"),
     as_json: opt.AsJson = False,
 ) -> Answer:
-    """Let one policy decide, and write its plan."""
+    """Let one policy decide, and write its plan; with --current, change the plan in force where that pays."""
     from muxtune.experiments.commands import plan as command
+    from muxtune.experiments.commands import replan as replans
     from muxtune.experiments.commands.problem import Options, parse_goal, parse_microbatches
 
     options = Options(
@@ -126,7 +131,11 @@ def plan(
         seed=seed,
         goal=parse_goal(objective, max_slowdown),
     )
-    body = command.run(workload, cluster, policy, out, options)
+    charges = replans.parse_charges(current, replan_cost, horizon, full)
+    if current is None:
+        body = command.run(workload, cluster, policy, out, options)
+    else:
+        body = replans.run(workload, cluster, policy, out, options, current=current, config=charges)
     return Answer(body=body, show=command.show, as_json=as_json)
 
 

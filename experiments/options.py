@@ -92,6 +92,21 @@ MaxSlowdown = Annotated[
     float | None,
     typer.Option("--max-slowdown", metavar="X", help="Refuse plans that slow a task more than this, against alone."),
 ]
+CurrentPlan = Annotated[
+    Path | None,
+    typer.Option(
+        "--current", metavar="PLAN", help="Plan in force: insert who arrived, remove who left, keep the rest."
+    ),
+]
+ReplanCost = Annotated[
+    float, typer.Option("--replan-cost", metavar="SECONDS", help="What a change that nobody forces costs, once.")
+]
+Horizon = Annotated[
+    float, typer.Option("--horizon", metavar="SECONDS", help="Time over which such a change has to pay.")
+]
+FullReplan = Annotated[
+    bool, typer.Option("--full", help="Hold a new plan of the policy against the one in force, not a changed one.")
+]
 Extrapolate = Annotated[
     bool, typer.Option("--allow-extrapolation", help="Answer outside the measured range, and say how much rests on it.")
 ]

@@ -13,7 +13,7 @@ from muxtune.policies.template import eager_template
 from muxtune.spec.align import Alignment
 from muxtune.spec.layout import LayoutChoice
 from muxtune.spec.noun import noun
-from muxtune.spec.order import round_robin
+from muxtune.spec.order import Template, round_robin
 from muxtune.spec.plan import Bucket, Instance, MadeBy, Plan
 
 Order = Literal["eager", "1f1b", "round-robin"]
@@ -86,16 +86,19 @@ class Builder:
         self.policy, self.key, self.state = policy, key, state
         self.surrogates: dict[tuple[LayoutChoice, Alignment, int], Surrogate] = {}
 
-    def build(self, candidate: Candidate) -> Built | None:
-        """The plan; None if a unit alone does not fit, or a shape lies outside what the cost model answers for."""
+    def build(self, candidate: Candidate, template: Template | None = None) -> Built | None:
+        """The plan; None if a unit alone does not fit, or a shape lies outside what the cost model answers for.
+
+        `template` is its eager order, where that is known.
+        """
         choice = candidate.choice
         state = replace(self.state, layout=choice.layout, microbatches=choice.microbatches)
-        surrogate = self._surrogate(state, candidate)
+        surrogate = self.surrogate(state, candidate)
         groups = tuple(h for bucket in candidate.buckets for h in bucket)
         if not all(surrogate.admits(h) for h in groups):
             return None
         instance = _instance(state, candidate)
-        template = eager_template(surrogate, groups, tuple(b.htasks for b in instance.buckets))
+        template = template or eager_template(surrogate, groups, tuple(b.htasks for b in instance.buckets))
         if template is None:
             return None
         if candidate.order == "round-robin":
@@ -110,7 +113,8 @@ class Builder:
         """Who made the plans."""
         return make_plan(self.policy, self.key, self.state, []).made_by
 
-    def _surrogate(self, state: SystemState, candidate: Candidate) -> Surrogate:
+    def surrogate(self, state: SystemState, candidate: Candidate) -> Surrogate:
+        """Latencies and bytes under a candidate's layout, C and alignment."""
         key = (candidate.choice, candidate.alignment, candidate.chunk_tokens)
         if key not in self.surrogates:
             self.surrogates[key] = Surrogate(self.policy.cost, state, candidate.alignment, candidate.chunk_tokens)

@@ -163,8 +163,9 @@ class Surrogate:
         """
         if chunk >= self.chunks(tasks, index) or not (shape := self.shape(tasks, index, chunk=chunk)).parts:
             return None
-        counts_differ = any(self.tasks[t].global_batch_samples % self.state.microbatches for t in tasks)
-        key = (tasks, index if counts_differ else 0, chunk)
+        # Samples fall by one at the index that is left over when a batch is spread: in between all micro-batches are alike.
+        falls = (self.tasks[t].global_batch_samples % self.state.microbatches for t in tasks)
+        key = (tasks, max((at for at in falls if at <= index), default=0), chunk)
         if key not in self.microbatches:
             longest = self.shape(tasks, index, longest_case=True, chunk=chunk)
             self.microbatches[key] = self._price(shape, longest, cut=self.chunks(tasks, index) > 1)

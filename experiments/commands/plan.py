@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,16 @@ def timed_plan(policy: Policy, state: SystemState, choices: Choices | None = Non
         InfeasibleError: the goal caps slowdowns, and the plan does not keep to it.
     """
     name = type(policy).__name__
+    return timed(
+        name, state, lambda: policy.plan(state) if choices is None else plan_over(policy, name, state, choices)
+    )
+
+
+def timed(name: str, state: SystemState, decide: Callable[[], Plan]) -> Plan:
+    """What is decided, as `timed_plan` has it; `name` is the policy's, for what goes wrong."""
     started_s = time.perf_counter()
     try:
-        made = policy.plan(state) if choices is None else plan_over(policy, name, state, choices)
+        made = decide()
     except MuxtuneError:
         raise
     except Exception as error:
@@ -76,7 +84,15 @@ def timed_plan(policy: Policy, state: SystemState, choices: Choices | None = Non
     return replace(made, predicted=predicted, provenance=provenance(seconds))
 
 
+def replan_text(found: dict[str, Any]) -> str:
+    """Whether the plan in force stays, and why."""
+    head = "kept the plan in force" if found["kept"] else "changed the plan in force"
+    names = (f"{word}: {', '.join(found[word]) or 'none'}" for word in ("arrived", "left", "moved"))
+    return f"{head}: {found['reason']}; {'; '.join(names)}"
+
+
 def show(body: dict[str, Any]) -> str:
     """A short table."""
-    parts = [problem_text(body), figures_table([body], objectives=[body["objective"]]), f"wrote {body['out']}"]
+    parts = [problem_text(body), figures_table([body], objectives=[body["objective"]])]
+    parts += [*([replan_text(body["replan"])] if "replan" in body else []), f"wrote {body['out']}"]
     return render(*parts, *([] if body["cost_model"]["calibrated"] else [UNCALIBRATED]))
