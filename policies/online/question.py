@@ -100,16 +100,17 @@ def _places(
     state: SystemState, candidate: Candidate | None, buckets: tuple[tuple[HTaskIds, ...], ...]
 ) -> dict[str, tuple[int, ...]]:
     """Where each task stands in what is left of the plan in force; arrivals have no place."""
-    if state.current is not None and candidate is None:
-        homes = (
-            (i, h, t) for i, x in enumerate(state.current.instances) for h, k in enumerate(x.htasks) for t in k.tasks
-        )
-        return {t: (i, h) for i, h, t in homes}
+    if state.current is None:
+        return {}
+    listed = [(i, t) for i, instance in enumerate(state.current.instances) for t in instance.tasks]
+    position = {t: n for n, (_, t) in enumerate(listed)}
+    if candidate is None:
+        return {t: (i, position[t]) for i, t in listed}
     types = {t.task_id: task_type(t) for t in state.workload.tasks}
     places: dict[str, tuple[int, ...]] = {}
     for b, bucket in enumerate(buckets):
-        ranked = sorted(bucket, key=lambda h: (sorted(types[t] for t in h), min(h)))
-        places |= {t: (b, rank) for rank, h in enumerate(ranked) for t in h}
+        ranked = sorted(bucket, key=lambda h: (sorted(types[t] for t in h), min(position[t] for t in h)))
+        places |= {t: (b, rank, position[t]) for rank, h in enumerate(ranked) for t in h}
     return places
 
 
