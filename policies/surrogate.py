@@ -105,6 +105,7 @@ class Surrogate:
         everyone = tuple(self.tasks)
         self.static_bytes = tuple(stage_static_bytes(c, everyone, self.device) for c in self.contexts)
         self.microbatches: dict[tuple[tuple[str, ...], int, int], MicrobatchCost] = {}
+        self.asked: dict[tuple[tuple[str, ...], int, int], MicrobatchCost | None] = {}
         self.admitted: dict[tuple[str, ...], bool] = {}
         self.cut: dict[tuple[tuple[str, ...], int], tuple[Shape, ...]] = {}
 
@@ -161,6 +162,13 @@ class Surrogate:
         Raises:
             ExtrapolationError: the cost model refuses to answer for this shape.
         """
+        asked = (tasks, index, chunk)
+        if asked not in self.asked:
+            self.asked[asked] = self._microbatch(tasks, index, chunk)
+        return self.asked[asked]
+
+    def _microbatch(self, tasks: tuple[str, ...], index: int, chunk: int) -> MicrobatchCost | None:
+        """Micro-batches with equal samples of every task are priced once."""
         if chunk >= self.chunks(tasks, index) or not (shape := self.shape(tasks, index, chunk=chunk)).parts:
             return None
         # Samples fall by one at the index that is left over when a batch is spread: in between all micro-batches are alike.

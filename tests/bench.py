@@ -22,7 +22,7 @@ from muxtune.spec.lengths import embedded_length
 from muxtune.spec.model import model_preset
 from muxtune.spec.peft.lora import LoRA
 from muxtune.spec.task import Task, Workload
-from tests import bench_planners, bench_search, bench_traces
+from tests import bench_online, bench_planners, bench_search, bench_traces
 from tests.bench_sim import simulating
 
 ROUNDS = 7
@@ -119,6 +119,8 @@ def main() -> None:
     for line in simulating(workload(8)):
         say(line)
     for line in bench_planners.lines():
+        say(line)
+    for line in bench_online.lines():
         say(line)
     for line in bench_search.lines():
         say(line)
