@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -187,13 +188,15 @@ def test_objectives_are_named_or_refused(tmp_path: Path) -> None:
             parse_pareto(wrong)
     with pytest.raises(UnknownKeyError, match=r"unknown objective 'speed': known are deadline-misses, energy"):
         require_objective("speed")
+    guide = (Path(__file__).parents[1] / "docs" / "planning.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- example: objective -->\n```python\n(.*?)```", guide, re.DOTALL)
+    assert shown is not None
     own = tmp_path / "mine.py"
-    own.write_text(
-        "from muxtune.policies.objectives.base import Objective\n\n\nclass Peak(Objective):\n"
-        "    def value(self, workload, found):\n        return float(max(found.peak_bytes, default=0))\n"
-    )
-    assert values(workload(), estimate(), [f"{own}:Peak"])[f"{own}:Peak"] == 0.0
-    assert set(objectives()) < set(values(workload(), estimate(), [f"{own}:Peak"]))
+    own.write_text(shown.group(1))
+    found = values(workload(), estimate(peak_bytes=(3, 5)), [f"{own}:Peak"])
+    assert found[f"{own}:Peak"] == 5.0
+    assert set(objectives()) < set(found)
+    assert all(f"| `{name}`" in guide for name in objectives())
 
 
 WORK = """

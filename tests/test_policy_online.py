@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -298,3 +299,11 @@ def test_the_command_changes_a_plan_in_force(tmp_path: Path, capsys: Any, monkey
     assert "name it with --current" in capsys.readouterr().err
     assert main([*again, "--horizon", "0"]) == 2
     assert "--horizon 0.0: give seconds above 0" in capsys.readouterr().err
+
+
+def test_the_guide_is_right(capsys: Any) -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "planning.md").read_text(encoding="utf-8")
+    found = re.search(r"<!-- example: replan -->\n```python\n(.*?)```", guide, re.DOTALL)
+    assert found is not None
+    exec(found.group(1), {"policy": POLICY, "state": state_of(ALL)})
+    assert capsys.readouterr().out.endswith("('t0',) 0 2\n")

@@ -14,7 +14,7 @@ from muxtune.policies.candidates import Candidate, HTaskIds, candidate_of
 from muxtune.policies.objectives.base import require_objective
 from muxtune.policies.surrogate import task_type
 from muxtune.spec.noun import noun
-from muxtune.spec.plan import Instance, MadeBy, Plan
+from muxtune.spec.plan import Instance, MadeBy, Plan, Provenance
 from muxtune.spec.task import Task, Workload
 
 Names = Mapping[str, str]
@@ -65,7 +65,8 @@ def question_of(state: SystemState) -> tuple[Question, dict[str, str]]:
     workload = _canonical_workload(state, names)
     unchanged = None
     if state.current is not None and changed == Change(arrived=(), left=()):
-        unchanged = renamed(state.current, names, workload)
+        # When and where it was made decides nothing.
+        unchanged = replace(renamed(state.current, names, workload), provenance=Provenance())
     carried = None
     if candidate is not None and buckets:
         moved = tuple(tuple(tuple(names[t] for t in h) for h in bucket) for bucket in buckets)
