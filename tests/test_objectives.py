@@ -222,6 +222,11 @@ def test_the_commands_rank_cap_and_mark(tmp_path: Path, capsys: Any, monkeypatch
     assert body["best"] in body["pareto"]["front"]
     assert all(r["pareto"] or r["dominated_by"] in body["pareto"]["front"] for r in rows)
     assert Path("out/pareto.svg").read_text().startswith("<svg")
+    searched = ["--search-layout", "--microbatches", "1,2", "--objective", "worst-slowdown", "--policies", "muxtune"]
+    assert main(["compare", *common, *searched]) == 0
+    shown = capsys.readouterr().out
+    assert "* best by worst-slowdown" in shown
+    assert "tp=1 pp=1 dp=1 C=" in shown or "pp=2 dp=1 C=" in shown or "dp=2 C=" in shown
     assert main(["plan", *common, "--policy", "hf-peft", "--max-slowdown", "1.01"]) == 1
     assert "is slowed" in capsys.readouterr().err
     assert not Path("plan.json").exists()

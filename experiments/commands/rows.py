@@ -110,7 +110,7 @@ def figures_table(rows: Sequence[dict[str, Any]], best: str | None = None, objec
 def _layout_text(row: dict[str, Any]) -> str:
     """The layouts that were picked, and C."""
     layouts = row["chosen_layouts"] if len(row["chosen_layouts"]) < 3 else [f"{len(row['chosen_layouts'])} layouts"]
-    return f"{' | '.join(layouts)} C={','.join(map(str, row['microbatches']))}"
+    return f"{' | '.join(layouts)} C={','.join(map(str, row['chosen_microbatches']))}"
 
 
 #: Headings of the causes in tables.
