@@ -358,17 +358,8 @@ def test_recomputation_takes_less_memory_and_more_time(folder, capsys):
 
 def test_list_shows_every_kind(capsys):
     body = run_json(capsys, "list")
-    assert list(body) == [
-        "policies",
-        "objectives",
-        "models",
-        "devices",
-        "datasets",
-        "traces",
-        "cost-models",
-        "peft",
-        "profiles",
-    ]
+    kinds = "policies objectives models devices datasets traces cost-models peft profiles"
+    assert list(body) == kinds.split()
     assert {"hf-peft", "muxtune"} <= {r["name"] for r in body["policies"]}
     assert run_json(capsys, "list", "peft") == {"peft": body["peft"]}
     assert main(["list", "devices"]) == 0
