@@ -74,7 +74,7 @@ class _Kept:
     """What one chunk leaves to later ones: K and V (tokens, 1, heads, head_dim), their autograd edges, and fp32 dK and dV."""
 
     values: tuple[Tensor, Tensor]
-    edges: tuple[Any, Any] | None
+    edges: tuple[Any, Any] | None = None
     gradients: tuple[Tensor, Tensor] | None = None
     leaves: list[tuple[Run, tuple[Tensor, Tensor]]] = field(default_factory=list)
 
@@ -85,12 +85,14 @@ class LayerKV:
     def __init__(self) -> None:
         self.chunks: dict[int, _Kept] = {}
 
-    def keep(self, chunk: int, key: Tensor, value: Tensor) -> None:
-        """Remember a chunk's K and V on its way forward."""
-        edges = None
-        if key.requires_grad:
-            edges = (torch.autograd.graph.get_gradient_edge(key), torch.autograd.graph.get_gradient_edge(value))
-        self.chunks[chunk] = _Kept((key.detach(), value.detach()), edges)
+    def keep(self, chunk: int, key: Tensor, value: Tensor, taped: bool) -> None:
+        """Remember a chunk's K and V on its way forward, with their graph if that is kept for the backward.
+
+        A forward that is run again finds what later chunks have left meanwhile.
+        """
+        kept = self.chunks.setdefault(chunk, _Kept((key.detach(), value.detach())))
+        if taped and key.requires_grad:
+            kept.edges = (torch.autograd.graph.get_gradient_edge(key), torch.autograd.graph.get_gradient_edge(value))
 
     def past(self, chunk: int, run: Run) -> tuple[Tensor, Tensor]:
         """K and V before a run's rows, (rows, past, heads, head_dim): leaves whose gradients `collect` hands back."""
@@ -133,11 +135,15 @@ class LayerKV:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attending:
-    """What a batch's attention needs in one layer: its runs and, where its unit has several chunks, the layer's KV."""
+    """What a batch's attention needs in one layer: its runs and, where its unit has several chunks, the layer's KV.
+
+    `taped`: the graph of this forward is kept for the backward (it is run again there otherwise).
+    """
 
     runs: tuple[Run, ...]
     kv: LayerKV | None = None
     chunk: int = 0
+    taped: bool = True
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, at: Attending, scale: float) -> Tensor:
@@ -146,7 +152,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, at: Attending, scale: floa
     Padding attends to nothing and is attended by nothing: its output is zero.
     """
     if at.kv is not None:
-        at.kv.keep(at.chunk, key, value)
+        at.kv.keep(at.chunk, key, value, at.taped)
     # split, not slices: the gradient of a slice is a zero tensor of full size, that of a split is one cat.
     sizes = [run.tokens for run in at.runs]
     pieces = zip(*(x.split(sizes) if len(sizes) > 1 else (x,) for x in (query, key, value)), strict=True)

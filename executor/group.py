@@ -18,7 +18,7 @@ from muxtune.executor.interpreter import Mark
 from muxtune.spec.catalogue import Subgraph, stage_subgraphs
 from muxtune.spec.errors import ExecutionError, InputError
 from muxtune.spec.layout import Layout
-from muxtune.spec.plan import Instance, Provenance
+from muxtune.spec.plan import Provenance
 from muxtune.spec.program import Bound, Instruction
 from muxtune.spec.timeline import Span, Timeline, span_op
 
@@ -126,10 +126,9 @@ class WorkerGroup:
         """Build a plan's backbones and adapters on every rank.
 
         Raises:
-            InputError: an instance uses a rank that the group lacks, or a feature that only the simulator has.
+            InputError: an instance uses a rank that the group lacks.
         """
         for instance in bound.plan.instances:
-            require_runnable(instance)
             if max(instance.devices) >= self.ranks:
                 raise InputError(
                     f"instance {instance.name} uses devices {list(instance.devices)}: the group has ranks 0..{self.ranks - 1}"
@@ -161,20 +160,6 @@ class WorkerGroup:
     ) -> None:
         if not self.log.closed:
             self.close()
-
-
-def require_runnable(instance: Instance) -> None:
-    """Refuse what the simulator can do and the executor cannot yet.
-
-    Raises:
-        InputError: names the instance, the feature and the way round it.
-    """
-    layout = instance.layout
-    if layout.recompute != "none":
-        raise InputError(
-            f"instance {instance.name}: recompute={layout.recompute}: the executor keeps every activation; plan again "
-            "without --recompute"
-        )
 
 
 def measured_timeline(bound: Bound, results: list[messages.RankResult], environment: str = "") -> Timeline:

@@ -28,9 +28,9 @@ class PastChunks:
     def __init__(self) -> None:
         self.layers: dict[int, LayerKV] = {}
 
-    def attending(self, runs: tuple[Run, ...], layer: int, chunk: int) -> Attending:
-        """What a chunk's attention needs in a layer."""
-        return Attending(runs=runs, kv=self.layers.setdefault(layer, LayerKV()), chunk=chunk)
+    def attending(self, runs: tuple[Run, ...], layer: int, chunk: int, taped: bool) -> Attending:
+        """What a chunk's attention needs in a layer; `taped` where its graph is kept for the backward."""
+        return Attending(runs=runs, kv=self.layers.setdefault(layer, LayerKV()), chunk=chunk, taped=taped)
 
     def backward(self, layer: int, chunk: int, edge: Any, gradient: Tensor) -> None:
         """Backward of a chunk's attention block: from its output and from what later chunks left for its K and V."""
@@ -45,7 +45,8 @@ class Passage:
     """Residual stream of a batch, what waits to be added or reduced, and the cuts behind it.
 
     With sequence parallelism `stream`, `pending` after its sum, and `gradient` are this rank's part of the tokens;
-    `block_gradient` is the gathered gradient for the next block's backward.
+    `block_gradient` is the gathered gradient for the next block's backward. With recomputation `inputs` has of each layer
+    the stream that enters it and whether a gradient flows back through that.
     """
 
     tensors: BatchTensors
@@ -60,6 +61,7 @@ class Passage:
     inner_gradient: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     cuts: dict[Piece, Cut] = field(default_factory=dict)
+    inputs: dict[int, tuple[Tensor, bool]] = field(default_factory=dict)
     on_its_way: Pending | None = None
 
     @property

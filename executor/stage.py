@@ -8,6 +8,7 @@ With sequence parallelism s and g are a rank's part of the tokens; f sees all of
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -53,7 +54,7 @@ class StageModel:
             "forward": stage_subgraphs(layout, stage, "forward"),
             "backward": stage_subgraphs(layout, stage, "backward"),
         }
-        self.follower = dict(pairwise(pieces_of(layout, stage, "backward")))
+        self.follower = dict(pairwise(p for p in pieces_of(layout, stage, "backward") if not p.again))
         self._forward: dict[str, Callable[[Passage, Piece], None]] = {
             "embed": self._embed,
             "norm1": self._norm,
@@ -87,13 +88,16 @@ class StageModel:
     def backward(self, passage: Passage, index: int) -> None:
         """Run compute subgraph `index` backward; `passage.gradient` is that of the stage's output stream (last stage: none)."""
         for piece in self.subgraphs["backward"][index].pieces:
-            self._piece_backward(passage, piece)
+            if piece.again:
+                self._again(passage, piece)
+            else:
+                self._piece_backward(passage, piece)
 
     def exchange(self, passage: Passage, direction: Way, index: int) -> Exchange | None:
         """The collective of subgraph `index`; None where no gradient takes part. Its result is used when it is finished."""
         subgraph = self.subgraphs[direction][index]
         assert subgraph.collective is not None
-        if direction == "forward":
+        if direction == "forward" or subgraph.pieces[0].again:
             return self._exchange_forward(passage, subgraph)
         return self._exchange_backward(passage, subgraph)
 
@@ -171,11 +175,13 @@ class StageModel:
         if passage.pending is not None:
             passage.stream = passage.stream + passage.pending
             passage.pending = None
+        if piece.name == "norm1" and not self._tapes(piece):
+            passage.inputs[piece.layer] = (passage.stream, passage.live)
         leaf = passage.stream.detach().requires_grad_(passage.live)
         with torch.enable_grad():
             out = self._norm_module(piece)(leaf)
-        if passage.live:
-            passage.cuts[piece] = Cut(leaf, torch.autograd.graph.get_gradient_edge(out))
+        if passage.live and self._tapes(piece):
+            passage.cuts[replace(piece, again=False)] = Cut(leaf, torch.autograd.graph.get_gradient_edge(out))
         passage.normed = out.detach()
 
     def _norm_module(self, piece: Piece) -> Any:
@@ -198,15 +204,30 @@ class StageModel:
             else:
                 out, _ = layer.mlp(leaf)
         if out.requires_grad:
-            passage.cuts[piece] = Cut(leaf, torch.autograd.graph.get_gradient_edge(out))
+            if self._tapes(piece):
+                passage.cuts[replace(piece, again=False)] = Cut(leaf, torch.autograd.graph.get_gradient_edge(out))
             passage.live = True
         passage.normed, passage.pending = None, out.detach()
         if self.layout.tp == 1:
             self._add_bias(passage, piece)
 
+    def _tapes(self, piece: Piece) -> bool:
+        """Whether a piece's graph is kept for its backward; with recomputation those of layers are made again there."""
+        return self.layout.recompute == "none" or piece.again or piece.layer < 0
+
+    def _again(self, passage: Passage, piece: Piece) -> None:
+        """A layer's forward once more, from the input that its first forward kept; its output has no reader."""
+        if piece.name == "norm1":
+            passage.stream, passage.live = passage.inputs.pop(piece.layer)
+        self._forward[piece.name](passage, piece)
+        if piece.name == "mlp":
+            passage.stream, passage.pending = None, None
+
     def _attending(self, passage: Passage, piece: Piece) -> Attending:
         runs, past = passage.tensors.runs, passage.past
-        return Attending(runs=runs) if past is None else past.attending(runs, piece.layer, passage.tensors.chunk)
+        if past is None:
+            return Attending(runs=runs)
+        return past.attending(runs, piece.layer, passage.tensors.chunk, self._tapes(piece))
 
     def _add_bias(self, passage: Passage, piece: Piece) -> None:
         layer = self.layers[piece.layer]

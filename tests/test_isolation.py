@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -27,9 +27,9 @@ from muxtune.spec.bind import bind, serial_launches
 from muxtune.spec.check import check
 from muxtune.spec.cluster import parse_cluster
 from muxtune.spec.files import write_noun
-from muxtune.spec.layout import even_layout
+from muxtune.spec.layout import Layout, even_layout
 from muxtune.spec.lengths import embedded_length
-from muxtune.spec.model import model_preset
+from muxtune.spec.model import ModelSpec, model_preset
 from muxtune.spec.order import bucket_major, chunks_of, one_f_one_b
 from muxtune.spec.peft.lora import LoRA
 from muxtune.spec.plan import Action, Instance, Plan, StageOrder
@@ -38,6 +38,7 @@ from muxtune.spec.task import Task, Workload
 pytestmark = pytest.mark.dist
 
 SP = {"sequence_parallel": True}
+AGAIN = {"recompute": "full"}
 #: Every layout runs on the ranks of one group; devices need not be in order.
 LAYOUTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "1 rank": ({}, (1,)),
@@ -49,6 +50,8 @@ LAYOUTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "dp=2 tp=2": ({"dp": 2, "tp": 2}, (3, 1, 0, 2)),
     "tp=2 sp": ({"tp": 2, **SP}, (2, 1)),
     "tp=2 pp=2 sp": ({"tp": 2, "pp": 2, **SP}, (0, 1, 3, 2)),
+    "pp=2 recompute": ({"pp": 2, **AGAIN}, (1, 2)),
+    "tp=2 sp recompute": ({"tp": 2, **SP, **AGAIN}, (0, 3)),
 }
 GROUPINGS = {
     "fused": ([["a", "b", "c"]], [[0]]),
@@ -79,6 +82,12 @@ def tasks() -> tuple[Task, ...]:
     )
 
 
+def make_layout(model: ModelSpec, degrees: Mapping[str, Any]) -> Layout:
+    """Layers spread evenly; `recompute` is no degree."""
+    even = even_layout(model, **{k: v for k, v in degrees.items() if k != "recompute"})
+    return replace(even, recompute=degrees.get("recompute", "none"))
+
+
 def make_plan(
     layout: str = "1 rank",
     groups: Sequence[Sequence[str]] = (("a", "b", "c"),),
@@ -97,7 +106,7 @@ def make_plan(
     state = SystemState(
         workload=workload,
         cluster=parse_cluster("4xcpu"),
-        layout=even_layout(spec, **degrees),
+        layout=make_layout(spec, degrees),
         microbatches=microbatches,
     )
     instance = make_instance(state, "i", groups, buckets, *ALIGNMENTS[alignment])
@@ -237,6 +246,19 @@ def test_nan_of_one_task_leaves_the_others_bit_identical(workers: WorkerGroup, l
                 assert np.array_equal(tensor, poisoned[rank].state[task][name]), (rank, task, name)
 
 
+def test_recomputation_takes_less_memory_for_the_same_gradients(workers: WorkerGroup) -> None:
+    """Peaks as allocated: 4 layers and every unit in flight at once, so that what the units keep dominates."""
+    kept = make_plan(model="tiny-llama", microbatches=2, order="gpipe")
+    (instance,) = kept.instances
+    again = replace(kept, instances=(replace(instance, layout=replace(instance.layout, recompute="full")),))
+    peaks = []
+    for plan in (kept, again):
+        workers.load("x", bind(plan, seed=3))
+        found = workers.run("x", memory=True)[instance.devices[0]]
+        peaks.append((found.peak_bytes or 0) - (found.static_bytes or 0))
+    assert peaks[1] < 0.6 * peaks[0]
+
+
 def test_layer_norms_biases_and_learned_positions_under_sequence_parallelism(workers: WorkerGroup) -> None:
     single = gradients(workers, make_plan(model="tiny-gpt2"))
     for alignment in ("pad", "chunks"):
@@ -315,7 +337,7 @@ def planned(policy: str, layout: str) -> Plan:
     state = SystemState(
         workload=workload,
         cluster=cluster,
-        layout=even_layout(model, **degrees),
+        layout=make_layout(model, degrees),
         microbatches=2,
         evaluate=make_evaluate(cost, 0, draws=1),
     )

@@ -9,14 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muxtune.executor.group import require_runnable
 from muxtune.policies.base import make_policy
 from muxtune.policies.surrogate import Surrogate
 from muxtune.sim.cost.roofline import Roofline
 from muxtune.spec.bind import bind
 from muxtune.spec.check import check
 from muxtune.spec.cluster import device_presets
-from muxtune.spec.errors import InputError
 from muxtune.spec.footprint import Footprint, amount, rounded_bytes
 from muxtune.spec.memory import MemoryWalk, moment_text, rank_peaks
 from muxtune.spec.plan import Plan
@@ -85,12 +83,6 @@ def test_recomputation_by_hand(two_stages: Plan) -> None:
     # With one layer and one unit in flight nothing is gained.
     assert last.footprint.activations_bytes == 64 * 4 * (32 + END) + again
     assert last.peak_bytes == 240_768
-
-
-def test_the_executor_refuses_recomputation(two_stages: Plan) -> None:
-    require_runnable(two_stages.instances[0])
-    with pytest.raises(InputError, match="instance shared: recompute=full: the executor keeps every activation; plan"):
-        require_runnable(recomputed(two_stages).instances[0])
 
 
 def test_messages_are_in_use_while_they_are_sent(two_stages: Plan) -> None:

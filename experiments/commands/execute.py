@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from muxtune.executor.group import WorkerGroup, measured_timeline, require_runnable
+from muxtune.executor.group import WorkerGroup, measured_timeline
 from muxtune.executor.joined import open_group
 from muxtune.executor.messages import Inspect, Inspection, Rebind, Unload
 from muxtune.executor.torchrun import leads
@@ -82,8 +82,6 @@ def run(
 
 def _ranks(plan: Plan) -> int:
     """Worker processes that a plan needs: one for each device up to the last that it uses."""
-    for instance in plan.instances:
-        require_runnable(instance)
     return 1 + max(d for i in plan.instances for d in i.devices)
 
 
