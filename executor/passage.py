@@ -44,9 +44,9 @@ class PastChunks:
 class Passage:
     """Residual stream of a batch, what waits to be added or reduced, and the cuts behind it.
 
-    With sequence parallelism `stream`, `pending` after its sum, and `gradient` are this rank's part of the tokens;
-    `block_gradient` is the gathered gradient for the next block's backward. With recomputation `inputs` has of each layer
-    the stream that enters it and whether a gradient flows back through that.
+    With sequence parallelism `stream`, `pending` after its sum, and `gradient` are this rank's part of the tokens, and
+    `block_gradient` is the gathered gradient for the next block's backward. A gradient flows back through the pieces in
+    `with_backward`. With recomputation `inputs` has of each layer the stream that enters it and whether a gradient leaves there.
     """
 
     tensors: BatchTensors
@@ -61,6 +61,7 @@ class Passage:
     inner_gradient: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     cuts: dict[Piece, Cut] = field(default_factory=dict)
+    with_backward: set[Piece] = field(default_factory=set)
     inputs: dict[int, tuple[Tensor, bool]] = field(default_factory=dict)
     on_its_way: Pending | None = None
 

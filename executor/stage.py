@@ -122,7 +122,7 @@ class StageModel:
     def _exchange_backward(self, passage: Passage, subgraph: Subgraph) -> Exchange | None:
         assert subgraph.collective is not None
         if subgraph.collective == "all_gather":
-            if self.follower[subgraph.pieces[0]] not in passage.cuts:
+            if self.follower[subgraph.pieces[0]] not in passage.with_backward:
                 return None
             assert passage.gradient is not None
 
@@ -180,8 +180,8 @@ class StageModel:
         leaf = passage.stream.detach().requires_grad_(passage.live)
         with torch.enable_grad():
             out = self._norm_module(piece)(leaf)
-        if passage.live and self._tapes(piece):
-            passage.cuts[replace(piece, again=False)] = Cut(leaf, torch.autograd.graph.get_gradient_edge(out))
+        if passage.live:
+            self._cut(passage, piece, leaf, out)
         passage.normed = out.detach()
 
     def _norm_module(self, piece: Piece) -> Any:
@@ -204,12 +204,18 @@ class StageModel:
             else:
                 out, _ = layer.mlp(leaf)
         if out.requires_grad:
-            if self._tapes(piece):
-                passage.cuts[replace(piece, again=False)] = Cut(leaf, torch.autograd.graph.get_gradient_edge(out))
+            self._cut(passage, piece, leaf, out)
             passage.live = True
         passage.normed, passage.pending = None, out.detach()
         if self.layout.tp == 1:
             self._add_bias(passage, piece)
+
+    def _cut(self, passage: Passage, piece: Piece, leaf: Tensor, out: Tensor) -> None:
+        """Note where a piece's backward starts and what it leaves; without the graph where it will be made again."""
+        first = replace(piece, again=False)
+        passage.with_backward.add(first)
+        if self._tapes(piece):
+            passage.cuts[first] = Cut(leaf, torch.autograd.graph.get_gradient_edge(out))
 
     def _tapes(self, piece: Piece) -> bool:
         """Whether a piece's graph is kept for its backward; with recomputation those of layers are made again there."""
