@@ -122,3 +122,24 @@ def test_the_reference_is_timed_on_the_device() -> None:
     cuda = FakeCuda()
     assert timed_by_events(lambda: cuda.lines.append("gemm"), cuda) == 2_000_000
     assert cuda.lines == ["event 0 on main", "gemm", "event 2 on main", "host waits"]
+
+
+def test_parts_go_to_the_tp_rank_they_belong_to_however_devices_are_ordered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's group has tp index 1 first: scatter hands the first part of what it is given to its first member."""
+    peers = Peers(tp="group", order=(1, 0))
+    given: dict[str, Any] = {}
+
+    def scatter(part: Any, whole: Any, group: Any, async_op: bool) -> None:
+        given["scatter"] = whole.flatten().tolist()
+
+    def gather(whole: Any, part: Any, group: Any, async_op: bool) -> None:
+        whole.view(2, -1).copy_(torch.stack([part.flatten() + 10, part.flatten()]))
+
+    monkeypatch.setattr(comm, "_scatter", scatter)
+    monkeypatch.setattr(comm, "_gather", gather)
+    tokens = torch.arange(4.0).view(4, 1, 1)
+    comm._start(Exchange(kind="reduce_scatter", tensor=tokens, finish=lambda x: None), peers, gloo=False)
+    assert given["scatter"] == [2, 3, 0, 1]
+    mine = tokens[:2]
+    _, result = comm._start(Exchange(kind="all_gather", tensor=mine, finish=lambda x: None), peers, gloo=False)
+    assert result().flatten().tolist() == [0, 1, 10, 11]
