@@ -207,7 +207,7 @@ def build_stage_model(
             parameter.copy_(_cut(model, layout, place, weights.full(place), tp_rank))
     if model.tied_embeddings and layout.is_first(stage) and layout.is_last(stage):
         gpt.output_layer.weight = gpt.embedding.word_embeddings.weight
-    return gpt.to(device)
+    return gpt.to(device, DTYPES[model.dtype])  # Megatron leaves plain norms in fp32
 
 
 def _global_name(name: str, first_layer: int, model: ModelSpec) -> str:
