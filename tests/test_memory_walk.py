@@ -119,7 +119,7 @@ def test_side_by_side_each_rank_holds_its_own(tiny_state: Any, tiny_workload: An
     """Two instances on devices 0, 1 and 2, 3: each rank's peak is that of its instance alone."""
     state = tiny_state(tiny_workload(2), pp=2)
     left, right = (hand_plan(state, [[t]]).instances[0] for t in ("t0", "t1"))
-    right = replace(right, devices=(2, 3))
+    right = replace(right, devices=(2, 3), name="right")
     plan = Plan(workload=state.workload, cluster=state.cluster, instances=(left, right))
     assert check(plan) == ()
     alone = [rank_peaks(bind(replace(plan, instances=(i,)), seed=0)) for i in (left, right)]
