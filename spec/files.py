@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -106,12 +109,27 @@ def validate(noun: type[T], data: Any, place: str) -> T:
     try:
         text = json.dumps(data, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{place}: holds a value that JSON does not have: {error}") from error
+        path, value = next(_strangers(data, ""), ("top level", error))
+        raise InputError(
+            f"{place}: {path} = {value}: holds a value that JSON does not have: give a finite number or a text"
+        ) from error
     hashable: Any = noun
     try:
         return _adapter(hashable).validate_json(text, strict=True)  # type: ignore[no-any-return]
     except ValidationError as error:
         raise InputError(f"{place}: {_sentence(error)}") from error
+
+
+def _strangers(data: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """(path, value) of everything that JSON cannot hold: NaN, infinities, dates and other objects."""
+    if isinstance(data, dict):
+        for key, value in data.items():
+            yield from _strangers(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(data, (list, tuple)):
+        for index, value in enumerate(data):
+            yield from _strangers(value, f"{path}.{index}" if path else str(index))
+    elif not (data is None or isinstance(data, (str, int, float))) or data in (math.inf, -math.inf) or data != data:
+        yield path or "top level", data
 
 
 def validate_text(noun: type[T], text: str, place: str) -> T:
@@ -166,12 +184,46 @@ def read_noun(noun: type[T], path: Path) -> T:
     return validate(noun, read_data(path), str(path))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def require_writable(path: Path) -> Path:
+    """The path itself, if a file can be replaced there: nothing, or a regular file.
+
+    Raises:
+        InputError: a device, a pipe, a folder or a link, which replacing would destroy.
+    """
+    if path.is_symlink():
+        raise InputError(f"{path}: is a symbolic link, which writing would replace: give the file it points to")
+    if path.exists() and not path.is_file():
+        kind = "a directory" if path.is_dir() else "no regular file"
+        raise InputError(f"{path}: is {kind}, which writing would replace: give the name of a file")
+    return path
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that a kill or a power cut leaves the old one or the new one, never half of it.
+
+    Raises:
+        InputError: something else than a regular file stands there, or the disk is full or refuses.
+    """
+    require_writable(path)
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise InputError(
+            f"{path}: cannot be written: {error.strerror or error}: make room or give another place"
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def write_noun(value: Any, path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -155,8 +157,10 @@ def test_yaml_and_json_mean_the_same(write: Any) -> None:
 
 
 def test_infinity_is_refused_wherever_it_stands(write: Any) -> None:
-    with pytest.raises(InputError, match="place: holds a value that JSON does not have"):
+    with pytest.raises(InputError, match="place: learning_rate = inf: holds a value that JSON does not have"):
         validate(Task, {"learning_rate": float("inf")}, "place")
+    with pytest.raises(InputError, match=r"place: tasks\.1\.peft\.alpha = nan: holds"):
+        validate(Workload, {"tasks": [{"steps": 1}, {"peft": {"alpha": float("nan")}}]}, "place")
 
 
 def test_nouns_survive_their_files(tiny_workload: Any, tiny_state: Any, hand_plan: Any, tmp_path: Path) -> None:
@@ -202,6 +206,35 @@ def test_a_killed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert path.read_text() == "old"
     write_text(path, "new")
     assert [p.name for p in path.parent.iterdir()] == ["file.json"]
+
+
+def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("kept")
+    (tmp_path / "link").symlink_to(kept)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, reason in (("link", "symbolic link"), ("pipe", "no regular file"), ("folder", "a directory")):
+        with pytest.raises(InputError, match=reason):
+            write_text(tmp_path / name, "new")
+    with pytest.raises(InputError, match="/dev/null: is no regular file"):
+        write_text(Path("/dev/null"), "new")
+    assert kept.read_text() == "kept"
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.json"
+    write_text(path, "old")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(InputError, match=r"file\.json: cannot be written: No space left on device: make room"):
+        write_text(path, "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
+    assert path.read_text() == "old"
 
 
 def test_schema_names_every_field() -> None:

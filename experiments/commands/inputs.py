@@ -14,7 +14,7 @@ from muxtune.sim.cost.interference import CoRunGrid, Interference
 from muxtune.sim.cost.table import FittedTable, Table
 from muxtune.spec.cluster import Cluster
 from muxtune.spec.errors import InputError, UnknownKeyError
-from muxtune.spec.files import read_noun
+from muxtune.spec.files import read_noun, require_writable
 from muxtune.spec.plan import Plan, Provenance
 from muxtune.spec.registry import parse_config, split_reference
 
@@ -83,7 +83,7 @@ def profile_roots() -> tuple[Path, ...]:
     return tuple({root.resolve(): root for root in roots if root.is_dir()})
 
 
-def output_folder(path: Path) -> Path:
+def output_folder(path: Path, option: str = "--out") -> Path:
     """The folder, made if it is not there.
 
     Raises:
@@ -92,7 +92,7 @@ def output_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out {path}: not a directory, and none can be made: {error.strerror}") from error
+        raise InputError(f"{option} {path}: not a directory, and none can be made: {error.strerror}") from error
     return path
 
 
@@ -100,7 +100,7 @@ def output_file(path: Path, option: str = "--out") -> Path:
     """The path of a file to write, its folder made if it is not there.
 
     Raises:
-        InputError: the path is a folder, or its parent is none.
+        InputError: the path is a folder, a device, a pipe or a link, or its parent is no folder.
     """
     if path.is_dir():
         raise InputError(f"{option} {path}: is a directory: give the name of a file")
@@ -108,7 +108,10 @@ def output_file(path: Path, option: str = "--out") -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{option} {path}: {path.parent} is not a directory: {error.strerror}") from error
-    return path
+    try:
+        return require_writable(path)
+    except InputError as error:
+        raise InputError(f"{option} {error}") from error
 
 
 def provenance(plan_seconds: float) -> Provenance:
