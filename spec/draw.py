@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -55,6 +55,19 @@ def draw_samples(workload: Workload, seed: int, steps: int = 1, first_step: int 
     entries = [
         _draw_task(workload, task, seed, step)
         for step in range(first_step, first_step + steps)
+        for task in workload.tasks
+    ]
+    return Draw(seed=seed, steps=steps, entries=tuple(entries))
+
+
+def draw_onward(workload: Workload, seed: int, steps: int, done: Mapping[str, int]) -> Draw:
+    """The next `steps` global batches of every task, numbered from 0; `done` says how many each has had so far.
+
+    A task that joined late draws what it would have drawn alone from the start.
+    """
+    entries = [
+        replace(_draw_task(workload, task, seed, done.get(task.task_id, 0) + step), step=step)
+        for step in range(steps)
         for task in workload.tasks
     ]
     return Draw(seed=seed, steps=steps, entries=tuple(entries))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from muxtune.spec.lengths import LengthDistribution
 from muxtune.spec.model import ModelSpec
 from muxtune.spec.noun import noun
 from muxtune.spec.peft import PeftSpec
+from muxtune.spec.schedule import Schedule
 from muxtune.spec.units import check_range
 
 
@@ -17,6 +19,8 @@ class Task:
 
     `dataset` names an entry of the Workload's `datasets`. `billed_len_tokens` is the padded length l that the tenant pays
     for; longer samples lose the left end of their prompt. One optimizer step uses `global_batch_samples` samples.
+    Gradients are cut to norm `clip_norm`. The loss is multiplied by `loss_scale` before its backward and gradients are divided
+    by it; with `loss_scale_growth_steps` n > 0 it is doubled after n good steps in a row and halved at each skipped one.
     """
 
     task_id: str
@@ -32,7 +36,10 @@ class Task:
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     clip_norm: float = 1.0
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    schedule: Schedule = Schedule()
+    loss_scale: float = 1.0
+    loss_scale_growth_steps: int = 0
 
     def __post_init__(self) -> None:
         if not self.task_id:
@@ -46,6 +53,15 @@ class Task:
             check_range(field, getattr(self, field), 0)
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay={self.weight_decay}: must not be negative")
+        if self.schedule.warmup_steps >= self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps={self.schedule.warmup_steps}: must be below steps={self.steps}, or the full rate is "
+                "never reached"
+            )
+        if not self.loss_scale > 0 or math.frexp(self.loss_scale)[0] != 0.5:
+            raise ValueError(f"loss_scale={self.loss_scale}: must be a power of two, so that scaling loses no bit")
+        if self.loss_scale_growth_steps < 0:
+            raise ValueError(f"loss_scale_growth_steps={self.loss_scale_growth_steps}: must not be negative; 0: fixed")
 
 
 @noun

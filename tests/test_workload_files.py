@@ -445,3 +445,43 @@ def test_wrong_cluster_files_are_named(tmp_path: Path, content: Any, kind: type[
 def test_a_cluster_file_that_is_not_there() -> None:
     with pytest.raises(InputError, match=r"nowhere\.yaml: file not found"):
         read_cluster("nowhere.yaml")
+
+
+# Training
+
+
+TRAINED = """
+model: tiny-test
+tasks:
+  - task_id: a
+    peft: {{kind: lora}}
+    dataset: sst2
+    global_batch_samples: 1
+    steps: 50
+    optimizer: sgd
+    loss_scale: 512
+    loss_scale_growth_steps: 100
+    schedule: {schedule}
+"""
+
+
+def test_a_task_says_how_it_is_trained(tmp_path: Path) -> None:
+    path = write(tmp_path / "w.yaml", TRAINED.format(schedule="{kind: cosine, warmup_steps: 5, final_share: 0.1}"))
+    (task,) = read_workload(path).tasks
+    assert (task.optimizer, task.loss_scale, task.loss_scale_growth_steps) == ("sgd", 512.0, 100)
+    assert plain(task.schedule) == {"kind": "cosine", "warmup_steps": 5, "final_share": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        ("{kind: step}", "tasks.0.schedule.kind"),
+        ("{kind: cosine, warmup: 5}", "tasks.0.schedule.warmup"),
+        ("{kind: linear, warmup_steps: 60}", "warmup_steps=60: must be below steps=50"),
+    ],
+)
+def test_a_wrong_schedule_is_named(tmp_path: Path, schedule: str, words: str) -> None:
+    path = write(tmp_path / "w.yaml", TRAINED.format(schedule=schedule))
+    with pytest.raises(InputError, match=r"tasks\.0") as found:
+        read_workload(path)
+    assert words in str(found.value)

@@ -13,6 +13,7 @@ from muxtune.spec.lengths import LengthDistribution, embedded_lengths
 from muxtune.spec.model import ModelSpec, model_preset
 from muxtune.spec.noun import noun, plain
 from muxtune.spec.peft import PeftSpec
+from muxtune.spec.schedule import Schedule
 from muxtune.spec.task import Task, Workload
 from muxtune.spec.units import MAX_NS, NS_PER_S, seconds_to_ns
 
@@ -39,7 +40,10 @@ class TaskEntry:
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     clip_norm: float = 1.0
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    schedule: Schedule = Schedule()
+    loss_scale: float = 1.0
+    loss_scale_growth_steps: int = 0
 
     def __post_init__(self) -> None:
         for field in ("arrival_s", "deadline_s"):
@@ -143,6 +147,9 @@ def _task(entry: TaskEntry, lengths: LengthDistribution, model: ModelSpec, place
             weight_decay=entry.weight_decay,
             clip_norm=entry.clip_norm,
             optimizer=entry.optimizer,
+            schedule=entry.schedule,
+            loss_scale=entry.loss_scale,
+            loss_scale_growth_steps=entry.loss_scale_growth_steps,
         )
     except ValueError as error:
         raise InputError(f"{place}: {error}") from error
