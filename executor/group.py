@@ -8,13 +8,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Literal
 
 from muxtune.executor import messages
-from muxtune.executor.interpreter import Mark
+from muxtune.executor.failures import exit_text, keep_log, log_tail
+from muxtune.executor.reports import Mark
 from muxtune.spec.catalogue import Subgraph, stage_subgraphs
 from muxtune.spec.errors import ExecutionError, InputError
 from muxtune.spec.layout import Layout
@@ -30,26 +32,40 @@ WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TOP_PAD_": "67108864",
 }
+#: What cuBLAS needs to give the same bits twice.
+DETERMINISTIC_ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 START_TIMEOUT_S = 180.0
+#: A process that closed its connection is given so long to be seen as ended.
+DEATH_S = 0.2
 
 
 class WorkerGroup:
-    """Use as a context manager; every method asks all ranks and waits for all answers."""
+    """Use as a context manager; every method asks all ranks and waits for all answers.
+
+    `deterministic`: an operator that has no deterministic form raises. `environment` is added to the workers'.
+    """
 
     def __init__(
-        self, layout: Layout | int, device: Literal["cpu", "cuda"] = "cpu", timeout_s: float = 120.0, pin: bool = True
+        self,
+        layout: Layout | int,
+        device: Literal["cpu", "cuda"] = "cpu",
+        timeout_s: float = 120.0,
+        pin: bool = True,
+        deterministic: bool = False,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.ranks = layout if isinstance(layout, int) else layout.ranks
-        self.timeout_s = timeout_s
+        self.timeout_s, self.ended = timeout_s, ""
         self.folder = tempfile.TemporaryDirectory(prefix="muxtune-")
         address = str(Path(self.folder.name) / "socket")
         key = secrets.token_hex(16)
-        environment = {**os.environ, **WORKER_ENVIRONMENT, "MUXTUNE_AUTHKEY": key}
+        variables = {**os.environ, **WORKER_ENVIRONMENT, **environment, "MUXTUNE_AUTHKEY": key}
+        variables |= DETERMINISTIC_ENVIRONMENT if deterministic else {}
         self.log = (Path(self.folder.name) / "log").open("w+")
         with Listener(address, authkey=key.encode()) as listener:
             command = [sys.executable, "-m", "muxtune.executor.worker", address]
             self.processes = [
-                subprocess.Popen([*command, str(r)], env=environment, stdout=self.log, stderr=self.log)
+                subprocess.Popen([*command, str(r)], env=variables, stdout=self.log, stderr=self.log)
                 for r in range(self.ranks)
             ]
             self.connections = self._accept(listener)
@@ -57,16 +73,16 @@ class WorkerGroup:
         rendezvous = f"file://{Path(self.folder.name) / 'rendezvous'}"
         for rank, connection in enumerate(self.connections):
             core = cores[rank % len(cores)] if pin and device == "cpu" else -1
-            connection.send(
-                messages.Hello(
-                    rank=rank,
-                    ranks=self.ranks,
-                    device=device,
-                    rendezvous=rendezvous,
-                    core=core,
-                    timeout_s=timeout_s,
-                )
+            hello = messages.Hello(
+                rank=rank,
+                ranks=self.ranks,
+                device=device,
+                rendezvous=rendezvous,
+                core=core,
+                timeout_s=timeout_s,
+                deterministic=deterministic,
             )
+            self._send(connection, rank, hello)
 
     def _accept(self, listener: Listener) -> list[Connection]:
         """Wait for every worker to call in; a worker that dies first is reported with its log."""
@@ -79,16 +95,14 @@ class WorkerGroup:
                 connection = listener.accept()
                 found[connection.recv()] = connection  # type: ignore[assignment]
             except TimeoutError:
-                dead = [p.returncode for p in self.processes if p.poll() is not None]
-                if dead or time.monotonic() > deadline_s:
-                    self.close()
-                    raise ExecutionError(f"a worker did not start (exit codes {dead}): {self._log_tail()}") from None
+                if any(p.poll() is not None for p in self.processes) or time.monotonic() > deadline_s:
+                    raise self._failed(f"a worker did not start within {START_TIMEOUT_S:.0f} s") from None
         return [found[r] for r in range(self.ranks)]
 
-    def _log_tail(self) -> str:
+    def _log_text(self) -> str:
         self.log.flush()
         self.log.seek(0)
-        return " | ".join(self.log.read().strip().splitlines()[-3:])
+        return self.log.read()
 
     def ask(self, message: Any) -> list[Any]:
         """Send one message to every rank and return the answers in rank order.
@@ -96,34 +110,54 @@ class WorkerGroup:
         Raises:
             ExecutionError: a rank failed, died or was silent for longer than the timeout. InputError: it refused its input.
         """
-        for connection in self.connections:
-            connection.send(message)
+        if self.log.closed:
+            raise ExecutionError(self.ended or "the worker group was closed")
+        for rank, connection in enumerate(self.connections):
+            self._send(connection, rank, message)
         answers: dict[int, Any] = {}
         deadline_s = time.monotonic() + self.timeout_s
         while len(answers) < self.ranks:
             open_ranks = {c: r for r, c in enumerate(self.connections) if r not in answers}
             ready = wait(list(open_ranks), timeout=max(0.0, deadline_s - time.monotonic()))
             if not ready:
-                self.close()
-                raise ExecutionError(f"ranks {sorted(open_ranks.values())} were silent for {self.timeout_s:.0f} s")
+                silent = f"ranks {sorted(open_ranks.values())} were silent for {self.timeout_s:.0f} s"
+                raise self._failed(silent)
             for rank in [r for c, r in open_ranks.items() if c in ready]:
                 answers[rank] = self._receive(self.connections[rank], rank)
         return [answers[r] for r in range(self.ranks)]
 
+    def _send(self, connection: Connection, rank: int, message: Any) -> None:
+        try:
+            connection.send(message)
+        except OSError:
+            raise self._failed(f"rank {rank} died") from None
+
     def _receive(self, connection: Any, rank: int) -> Any:
         try:
             answer = connection.recv()
-        except EOFError:
-            tail = self._log_tail()
-            self.close()
-            raise ExecutionError(f"rank {rank} died: {tail}") from None
+        except (EOFError, OSError):
+            raise self._failed(f"rank {rank} died") from None
         if isinstance(answer, messages.Failure):
-            self.close()
-            raise (InputError if answer.input_error else ExecutionError)(answer.message)
+            if answer.input_error:
+                self.close()
+                raise InputError(answer.message)
+            raise self._failed(answer.message, answer.details)
         return answer
 
-    def load(self, name: str, bound: Bound, seed: int = 0, random_adapters: bool = False) -> None:
-        """Build a plan's backbones and adapters on every rank.
+    def _failed(self, reason: str, details: str = "") -> ExecutionError:
+        """End the group. A process that is dead is the cause, whoever noticed first: it is named, with how it ended."""
+        time.sleep(DEATH_S)
+        codes = {r: p.poll() for r, p in enumerate(self.processes)}
+        dead = "; ".join(f"rank {r} died: {exit_text(c)}" for r, c in codes.items() if c is not None)
+        self._end(patience_s=0.0)
+        log = self._log_text()
+        self.close()
+        tail = f"{dead}: {log_tail(log)}" if dead else reason
+        self.ended = tail + keep_log(f"{reason}\n{details}\n{log}")
+        return ExecutionError(self.ended)
+
+    def load(self, name: str, bound: Bound, seed: int = 0, random_adapters: bool = False, ending: bool = False) -> None:
+        """Build a plan's backbones and adapters on every rank; `ending`: tasks end at their `steps`.
 
         Raises:
             InputError: an instance uses a rank that the group lacks.
@@ -133,24 +167,27 @@ class WorkerGroup:
                 raise InputError(
                     f"instance {instance.name} uses devices {list(instance.devices)}: the group has ranks 0..{self.ranks - 1}"
                 )
-        self.ask(messages.Load(name=name, bound=bound, seed=seed, random_adapters=random_adapters))
+        self.ask(messages.Load(name=name, bound=bound, seed=seed, random_adapters=random_adapters, ending=ending))
 
-    def run(self, name: str, memory: bool = False) -> list[messages.RankResult]:
+    def run(self, name: str, memory: bool = False, reference: bool = True) -> list[messages.RankResult]:
         """Run a loaded Program once on every rank."""
-        return self.ask(messages.Run(name=name, memory=memory))
+        return self.ask(messages.Run(name=name, memory=memory, reference=reference))
 
     def close(self) -> None:
         """Hang up, and end workers that do not leave by themselves."""
+        self._end(patience_s=5.0)
+        self.log.close()
+        self.folder.cleanup()
+
+    def _end(self, patience_s: float) -> None:
         for connection in getattr(self, "connections", []):
             connection.close()
         for process in self.processes:
             try:
-                process.wait(timeout=5)
+                process.wait(timeout=patience_s)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self.log.close()
-        self.folder.cleanup()
 
     def __enter__(self) -> WorkerGroup:
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,23 +17,13 @@ from muxtune.executor.data import response_counts
 from muxtune.executor.megatron import DTYPES
 from muxtune.executor.passage import Passage, PastChunks
 from muxtune.executor.peers import sum_gradients
+from muxtune.executor.reports import Mark
 from muxtune.executor.stage import StageModel
 from muxtune.executor.tasks import TaskState, step_task
 from muxtune.executor.units import unit_tensors
 from muxtune.spec.catalogue import Way
 from muxtune.spec.plan import Launch
 from muxtune.spec.program import Bound, Instruction, UnitKey
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mark:
-    """When an instruction (subgraph −1) or one launch inside it ran on this rank, by the machine's monotonic clock."""
-
-    index: int
-    subgraph: int
-    htask: int
-    start_ns: int
-    end_ns: int
 
 
 class RankRun:
@@ -119,7 +109,7 @@ class RankRun:
             if stage.peers.dp is not None:
                 dist.all_reduce(total, group=stage.peers.dp)
             for (task, _), loss in zip(mine, total.tolist(), strict=True):
-                self.tasks[task].losses.append(loss)
+                self.tasks[task].add_loss(loss)
 
     def _recv(self, x: Instruction, index: int) -> None:
         assert x.payload is not None
@@ -129,6 +119,8 @@ class RankRun:
         stage = self.stages[x.key.instance]
         received = self._split(x.key, self.inbox.pop((x.key, "activation"), None))
         passages = {h: stage.begin(t, received.get(h), self._past(x.key, h)) for h, t in self.tensors[x.key].items()}
+        for passage in passages.values():
+            passage.scales = {task: self.tasks[task].loss_scale for task, _ in passage.tensors.targets}
         self.passages[x.key] = passages
         step = x.key.step
         counts = {task: self.denominators[task, step] for t in self.tensors[x.key].values() for task, _ in t.targets}

@@ -9,16 +9,20 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from muxtune.executor import messages
-from muxtune.executor.group import WorkerGroup
+from muxtune.executor.group import DETERMINISTIC_ENVIRONMENT, WorkerGroup
+from muxtune.executor.layer_spec import VARIABLE
 from muxtune.executor.torchrun import torchrun_rank
-from muxtune.executor.worker import Worker
 from muxtune.spec.errors import InputError
 
 
 class JoinedGroup(WorkerGroup):
     """This process's rank, and the answers of all. An error ends the process, and torchrun the others."""
 
-    def __init__(self, ranks: int, device: Literal["cpu", "cuda"] = "cpu", timeout_s: float = 120.0) -> None:
+    def __init__(
+        self, ranks: int, device: Literal["cpu", "cuda"] = "cpu", timeout_s: float = 120.0, deterministic: bool = False
+    ) -> None:
+        from muxtune.executor.worker import Worker  # noqa: PLC0415  # Megatron: who starts workers need not wait for it
+
         world = int(os.environ["WORLD_SIZE"])
         if world != ranks:
             raise InputError(
@@ -35,6 +39,7 @@ class JoinedGroup(WorkerGroup):
                 rendezvous="env://",
                 core=cores[local % len(cores)] if device == "cpu" else -1,
                 timeout_s=timeout_s,
+                deterministic=deterministic,
             )
         )
 
@@ -57,8 +62,17 @@ class JoinedGroup(WorkerGroup):
             self.close()
 
 
-def open_group(ranks: int, device: Literal["cpu", "cuda"] = "cpu", timeout_s: float = 120.0) -> WorkerGroup:
-    """The ranks that torchrun started, if it started this process; otherwise new worker processes."""
+def open_group(
+    ranks: int, device: Literal["cpu", "cuda"] = "cpu", deterministic: bool = False, layer_spec: str = "auto"
+) -> WorkerGroup:
+    """The ranks that torchrun started, if it started this process; otherwise new worker processes.
+
+    Raises:
+        InputError: torchrun started another number of ranks.
+    """
     if torchrun_rank() is None:
-        return WorkerGroup(ranks, device, timeout_s)
-    return JoinedGroup(ranks, device, timeout_s)
+        return WorkerGroup(ranks, device, deterministic=deterministic, environment={VARIABLE: layer_spec})
+    os.environ[VARIABLE] = layer_spec  # read when Megatron is imported
+    if deterministic:
+        os.environ |= DETERMINISTIC_ENVIRONMENT
+    return JoinedGroup(ranks, device, deterministic=deterministic)

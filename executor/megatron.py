@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from muxtune.executor.adapters import AdapterBank
 from muxtune.executor.attention import Attending, attend
+from muxtune.executor.layer_spec import layer_spec_here
 from muxtune.executor.peers import ALONE, Alone, Peers
 from muxtune.spec.catalogue import shard
 from muxtune.spec.layout import Layout
@@ -26,6 +28,7 @@ from muxtune.spec.model import ModelSpec
 with warnings.catch_warnings():
     # Megatron warns that Apex and Transformer Engine are absent and falls back to torch, which is what we want here.
     warnings.simplefilter("ignore")
+    LAYER_SPEC = layer_spec_here()  # first: a broken Transformer Engine would break the imports below
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
@@ -89,7 +92,7 @@ MultiplexedColumn = _multiplexed(ColumnParallelLinear, True)
 MultiplexedRow = _multiplexed(RowParallelLinear, False)
 
 
-class _Provider(LocalSpecProvider):  # type: ignore[misc]
+class _Multiplexing:
     def column_parallel_linear(self) -> type[Any]:
         return MultiplexedColumn
 
@@ -101,6 +104,18 @@ class _Provider(LocalSpecProvider):  # type: ignore[misc]
 
     def fuse_layernorm_and_linear(self) -> bool:
         return False  # adapters need the normed input
+
+
+def _te_base() -> type[Any]:
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider  # noqa: PLC0415
+
+    return TESpecProvider  # type: ignore[no-any-return]
+
+
+def spec_provider(kind: str, te_base: Callable[[], type[Any]] = _te_base) -> Any:
+    """Megatron's source of modules under a layer spec (`te`, `local`), with the multiplexed linears and our attention."""
+    base = te_base() if kind == "te" else LocalSpecProvider
+    return type("Provider", (_Multiplexing, base), {})()
 
 
 def _groups(peers: Peers) -> Any:
@@ -145,7 +160,7 @@ def _config(model: ModelSpec, layout: Layout, layers: int) -> Any:
 
 
 def _block_spec(model: ModelSpec, layers: int) -> Any:
-    provider = _Provider()
+    provider = spec_provider(LAYER_SPEC.kind)
     norm = provider.layer_norm(rms_norm=model.norm == "rmsnorm")
     attention = SelfAttentionSubmodules(
         linear_qkv=provider.column_parallel_linear(),

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+
+from muxtune.executor.stage import StageModel
 
 
 def resident_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages behind some tensors."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
+
+
+def backbone_digest(stage: StageModel) -> str:
+    """SHA-256 over the bytes of every weight of a stage, without the adapters: equal only where no bit has moved."""
+    found = hashlib.sha256()
+    for name, weight in sorted(stage.gpt.named_parameters()):
+        found.update(name.encode())
+        found.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def allocation_peak(run: Callable[[], object], device: torch.device) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from muxtune.executor.interpreter import Mark
-from muxtune.executor.tasks import Array
+from muxtune.executor.checkpoint import Checkpoint
+from muxtune.executor.reports import Array, Mark, StepReport
 from muxtune.spec.program import Bound
 
 
@@ -20,16 +21,30 @@ class Hello:
     rendezvous: str
     core: int
     timeout_s: float
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """Build backbones and adapters for a plan and the tensors of its Program under a name."""
+    """Build backbones and adapters for a plan and the tensors of its Program under a name.
+
+    `ending`: tasks end at their `steps`; without it they go on, as measurements want them.
+    """
 
     name: str
     bound: Bound
     seed: int
     random_adapters: bool = False
+    ending: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replan:
+    """Give a loaded plan another plan: tasks that it lacks leave, new ones join, all others and the backbones stay."""
+
+    name: str
+    bound: Bound
+    seed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,16 +56,38 @@ class Rebind:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Save:
+    """Write the state of some tasks into a folder, a file a task and rank; None: of all, and the rank's generators."""
+
+    name: str
+    folder: Path
+    tasks: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restore:
+    """Put every task of a loaded plan, and the rank's generators, back to where a checkpoint left them."""
+
+    name: str
+    checkpoint: Checkpoint
+    bound: Bound
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Run a loaded Program once, between two timings of the reference GEMM; `memory` counts allocations as well."""
+    """Run a loaded Program once; `memory` counts allocations, `reference` times the reference GEMM before and after."""
 
     name: str
     memory: bool = False
+    reference: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankResult:
-    """One rank's part of a run: marks by the monotonic clock, the reference GEMM around it, bytes if they were counted."""
+    """One rank's part of a run: marks by the monotonic clock, the steps that were taken, the reference GEMM around it.
+
+    Bytes if they were counted: `static_bytes` were there before; `kinds` are (backbones, adapters, optimizer states) after.
+    """
 
     rank: int
     marks: tuple[Mark, ...]
@@ -59,6 +96,8 @@ class RankResult:
     wall_ns: int
     static_bytes: int | None = None
     peak_bytes: int | None = None
+    kinds: tuple[int, int, int] | None = None
+    steps: tuple[StepReport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,18 +111,21 @@ class TaskReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspect:
-    """Ask for every task's report; `state` adds its parameters."""
+    """Ask for every task's report; `state` adds its parameters and optimizer states, `backbone` digests of the weights."""
 
     name: str
     state: bool = False
+    backbone: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """Reports and (if asked for) parameters of one rank, by task."""
+    """Reports and (if asked for) parameters and optimizer states of one rank, by task; a digest for each backbone."""
 
     reports: dict[str, TaskReport]
     state: dict[str, dict[str, Array]] = field(default_factory=dict)
+    optimizer: dict[str, dict[str, Array]] = field(default_factory=dict)
+    backbones: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,6 +47,7 @@ class Passage:
     With sequence parallelism `stream`, `pending` after its sum, and `gradient` are this rank's part of the tokens, and
     `block_gradient` is the gathered gradient for the next block's backward. A gradient flows back through the pieces in
     `with_backward`. With recomputation `inputs` has of each layer the stream that enters it and whether a gradient leaves there.
+    `scales` are the tasks' loss scales: losses are reported without, their gradients come with them.
     """
 
     tensors: BatchTensors
@@ -60,6 +61,7 @@ class Passage:
     block_gradient: Tensor | None = None
     inner_gradient: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
     cuts: dict[Piece, Cut] = field(default_factory=dict)
     with_backward: set[Piece] = field(default_factory=set)
     inputs: dict[int, tuple[Tensor, bool]] = field(default_factory=dict)

@@ -255,7 +255,7 @@ class StageModel:
             logits = F.linear(leaf, self.gpt.output_layer.weight)[:, 0]
             each = token_losses(logits, passage.tensors.labels, self.peers, self.tp_rank, self.comm.jitter)
             losses = {task: each[places].sum() / max(1, denominators[task]) for task, places in passage.tensors.targets}
-            total = torch.stack(list(losses.values())).sum()
+            total = torch.stack([loss * passage.scales.get(task, 1.0) for task, loss in losses.items()]).sum()
         if passage.live:
             passage.cuts[piece] = Cut(leaf, torch.autograd.graph.get_gradient_edge(total))
         passage.losses = {task: loss.detach() for task, loss in losses.items()}

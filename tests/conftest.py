@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,7 +180,8 @@ class RankPool:
         from muxtune.executor.group import WorkerGroup  # noqa: PLC0415 # tests of the lower floors run without torch
 
         if self.group is None or self.group.log.closed:
-            self.group = WorkerGroup(4)
+            # Workers find tests/in_worker.py.
+            self.group = WorkerGroup(4, environment={"PYTHONPATH": str(Path(__file__).parent)})
         return self.group
 
     def close(self) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from muxtune.executor.failures import exit_text, log_tail
 from muxtune.executor.group import WorkerGroup, measured_timeline
-from muxtune.executor.messages import Inspect
+from muxtune.executor.messages import Call, Inspect
 from muxtune.policies.base import SystemState
 from muxtune.policies.build import make_instance
 from muxtune.sim.cost.roofline import Roofline
 from muxtune.sim.simulate import simulate
 from muxtune.spec.bind import bind
 from muxtune.spec.cluster import parse_cluster
+from muxtune.spec.errors import ExecutionError
 from muxtune.spec.layout import Layout, even_layout
 from muxtune.spec.lengths import embedded_length
 from muxtune.spec.model import ModelSpec, model_preset
@@ -88,3 +92,55 @@ def test_steps_move_every_task_and_nothing_else(group: tuple[WorkerGroup, Layout
         for task in "abc":
             moved = [not np.array_equal(t, other.state[task][n]) for n, t in one.state[task].items()]
             assert any(moved), task
+
+
+def _gpt2() -> ModelSpec:
+    """Learned positions, layer norms, biases everywhere, a tied output layer, as many key heads as heads."""
+    changes: dict[str, Any] = {"norm": "layernorm", "activation": "gelu", "positions": "learned", "biases": "all"}
+    return replace(model_preset("tiny-test"), name="like-gpt2", tied_embeddings=True, kv_heads=4, **changes)
+
+
+def _gpt2_losses(workers: WorkerGroup, layout: Layout) -> dict[str, tuple[float, ...]]:
+    """Losses of three steps on a backbone whose biases and norms are random (they start as zeros and ones)."""
+    workers.load("gpt2", _bound(layout, _gpt2()))
+    counts = workers.ask(Call(function="in_worker:give_biases", arguments=("gpt2",)))
+    assert all(count > 4 for count in counts[: layout.ranks])
+    for _ in range(3):
+        workers.run("gpt2")
+    reports = [i.reports for i in workers.ask(Inspect(name="gpt2"))[: layout.ranks]]
+    return {task: reports[-1][task].losses for task in "abc"}
+
+
+def test_a_gpt2_like_backbone_has_the_same_losses_under_every_layout(
+    group: tuple[WorkerGroup, Layout, ModelSpec],
+) -> None:
+    workers, layout, _ = group
+    single = _gpt2_losses(workers, even_layout(_gpt2()))
+    here = _gpt2_losses(workers, layout)
+    for task, losses in single.items():
+        assert losses[2] < losses[0]
+        assert here[task] == pytest.approx(losses, abs=1e-4)
+
+
+def test_a_dead_worker_is_named_with_how_it_ended() -> None:
+    here = {"PYTHONPATH": str(Path(__file__).parent)}
+    with WorkerGroup(1, environment=here) as workers:
+        with pytest.raises(ExecutionError, match=r"^rank 0 died: exit code 7: terminate: out of luck \(log: ") as found:
+            workers.ask(Call(function="in_worker:fall"))
+        log = Path(str(found.value).rpartition("log: ")[2].rstrip(")"))
+        assert "UserWarning" in log.read_text()
+        log.unlink()
+        assert all(p.poll() is not None for p in workers.processes)
+        with pytest.raises(ExecutionError, match=r"^rank 0 died"):
+            workers.ask(Inspect(name="x"))
+
+
+def test_how_a_process_ended_is_said_in_words() -> None:
+    codes = (None, 3, -9, -99)
+    ends = ("its connection broke, the process still runs", "exit code 3", "killed by SIGKILL", "killed by signal 99")
+    assert tuple(map(exit_text, codes)) == ends
+    log = (
+        "a.py:1: UserWarning: x\n  warnings.warn(x)\nTraceback (most recent call last):\n  File x\nValueError: bad\n\n"
+    )
+    assert log_tail(log) == "ValueError: bad"
+    assert log_tail("") == "its log says nothing"

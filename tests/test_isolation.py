@@ -17,7 +17,7 @@ import pytest
 
 from muxtune.executor.group import WorkerGroup, measured_timeline
 from muxtune.executor.messages import Call, Gradients, Inspect, Inspection, Poison
-from muxtune.executor.tasks import Array
+from muxtune.executor.reports import Array
 from muxtune.policies.base import SystemState, make_policy
 from muxtune.policies.build import make_instance
 from muxtune.sim.cost.roofline import Roofline
