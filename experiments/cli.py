@@ -259,7 +259,7 @@ def compare(
     return Answer(body=body, show=command.show, as_json=as_json, ok=command.answered(body))
 
 
-@app.command(epilog=example("execute plan.json --device cpu --iterations 5"))
+@app.command(epilog=example("execute plan.json --iterations 100 --checkpoint run/state --every 10 --resume --out run"))
 def execute(
     plan: opt.PlanFile,
     device: Annotated[opt.Device, typer.Option("--device", help="cpu (gloo) or cuda (NCCL).")] = opt.Device.cpu,
@@ -269,15 +269,36 @@ def execute(
     trace: opt.TraceFile = None,
     seed: opt.Seed = 0,
     out: opt.OutFolder = None,
+    checkpoint: opt.CheckpointFolder = None,
+    every: opt.Every = 10,
+    keep: opt.Keep = 3,
+    resume: opt.Resume = False,
+    join: opt.Joins = None,
+    leave: opt.Leaves = None,
+    replan: opt.Replan = "",
+    cost: opt.Cost = "roofline",
+    deterministic: opt.Deterministic = False,
+    layer_spec: opt.LayerSpecName = "auto",
     as_json: opt.AsJson = False,
 ) -> Answer:
-    """Run a plan on Megatron-core: times, memory, losses."""
+    """Train by a plan on Megatron-core: times, memory, losses."""
     from muxtune.experiments.commands import execute as command
+    from muxtune.experiments.commands.training import parse_changes
     from muxtune.experiments.console import Progress
 
+    training = command.TrainOptions(
+        checkpoint=checkpoint,
+        every=every,
+        keep=keep,
+        resume=resume,
+        changes=parse_changes(join or (), leave or (), replan, cost),
+        deterministic=deterministic,
+        layer_spec=layer_spec,
+    )
     with Progress() as progress:
         options: dict[str, Any] = {"iterations": iterations, "trace": trace, "seed": seed, "out": out}
-        body = command.run(plan, device=device.value, progress=progress, **options)
+        options |= {"training": training, "progress": progress, "say": progress.say}
+        body = command.run(plan, device=device.value, **options)
     return Answer(body=body, show=command.show, as_json=as_json)
 
 

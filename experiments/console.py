@@ -51,6 +51,11 @@ def json_text(body: dict[str, Any]) -> str:
     return json.dumps(_finite(body), indent=1, allow_nan=False) + "\n"
 
 
+def json_line(body: dict[str, Any]) -> str:
+    """The same on one line, for files that grow line by line."""
+    return json.dumps(_finite(body), allow_nan=False) + "\n"
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(k): _finite(v) for k, v in value.items()}
@@ -87,6 +92,13 @@ class Progress:
         if label != self._label or done >= total or now_s - self._said_s >= QUIET_SECONDS:
             self._label, self._said_s = label, now_s
             note(f"{label}: {done}/{total}")
+
+    def say(self, text: str) -> None:
+        """One line on standard error, above the bars."""
+        if self._bars is not None:
+            self._bars.console.print(text, soft_wrap=True)
+        else:
+            note(text)
 
     def __enter__(self) -> Progress:
         if self._bars is not None:

@@ -16,7 +16,15 @@ from muxtune.experiments.cli import app
 from muxtune.spec.errors import InputError, MuxtuneError, NoAnswerError
 
 #: Modules of optional installs, and the extra that brings them.
-EXTRAS = {"torch": "exec", "megatron": "exec", "triton": "gpu", "ray": "ray", "transformers": "hf", "peft": "hf"}
+EXTRAS = {
+    "torch": "exec",
+    "megatron": "exec",
+    "safetensors": "exec",
+    "triton": "gpu",
+    "ray": "ray",
+    "transformers": "hf",
+    "peft": "hf",
+}
 #: The base of every complaint about usage (typer does not export it).
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 INTERRUPTED, BROKEN_PIPE = 130, 141

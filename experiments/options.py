@@ -129,3 +129,29 @@ Frequencies = Annotated[
 ]
 StudyFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for report, trace and results.")]
 Rounds = Annotated[int, typer.Option("--rounds", metavar="N", min=2, help="Rounds that count; 20 resolve 10 %.")]
+CheckpointFolder = Annotated[
+    Path | None, typer.Option("--checkpoint", metavar="DIR", help="Save the run here, and every task that leaves.")
+]
+Every = Annotated[int, typer.Option("--every", metavar="K", min=1, help="Iterations between two checkpoints.")]
+Keep = Annotated[int, typer.Option("--keep", metavar="N", min=1, help="Checkpoints to keep.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")]
+Joins = Annotated[
+    list[str] | None,
+    typer.Option("--join", metavar="N:FILE", help="Tasks of a workload file join before iteration N; may be repeated."),
+]
+Leaves = Annotated[
+    list[str] | None,
+    typer.Option("--leave", metavar="N:TASK", help="A task leaves before iteration N; may be repeated."),
+]
+Replan = Annotated[
+    str,
+    typer.Option(
+        "--replan", metavar="POLICY", help="Who plans when tasks come or go.  [default: the plan without them]"
+    ),
+]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="Refuse operators that may give other bits the next time.")
+]
+LayerSpecName = Annotated[
+    str, typer.Option("--layer-spec", metavar="NAME", help="Norms by te (Transformer Engine), local, or auto.")
+]

@@ -22,7 +22,7 @@ from muxtune.spec.lengths import embedded_length
 from muxtune.spec.model import model_preset
 from muxtune.spec.peft.lora import LoRA
 from muxtune.spec.task import Task, Workload
-from tests import bench_online, bench_planners, bench_search, bench_traces
+from tests import bench_online, bench_planners, bench_search, bench_traces, bench_training
 from tests.bench_sim import simulating
 
 ROUNDS = 7
@@ -127,6 +127,8 @@ def main() -> None:
     for line in bench_traces.lines():
         say(line)
     say(adapters())
+    for line in bench_training.lines():
+        say(line)
 
 
 if __name__ == "__main__":
