@@ -21,7 +21,7 @@ from muxtune.executor.checkpoint import (
     task_folder,
     write_checkpoint,
 )
-from muxtune.executor.group import WorkerGroup, measured_timeline, require_runnable
+from muxtune.executor.group import WorkerGroup, measured_timeline
 from muxtune.executor.reports import StepReport
 from muxtune.executor.tensor_files import history_reports, read_tensors
 from muxtune.spec.bind import bind_draw
@@ -263,7 +263,6 @@ def require_continues(old: Plan, new: Plan, left: Collection[str]) -> None:
         raise InputError(f"the new plan is for {new.workload.model.name}, the session trains {old.workload.model.name}")
     places = {t: (i.layout, i.devices) for i in old.instances for t in i.tasks}
     for instance in new.instances:
-        require_runnable(instance)
         mine = (instance.layout, instance.devices)
         if mine not in places.values() or any(places.get(t, mine) != mine for t in instance.tasks):
             layout, devices = next((places[t] for t in instance.tasks if t in places), next(iter(places.values())))
