@@ -21,7 +21,8 @@ from muxtune.spec.program import Program
 class BatchTensors:
     """One hTask's input on a flat token axis: ids, positions and labels (tokens,), and per task the predicted positions.
 
-    `segments` and `runs` are the batch's, kept because every layer asks for them; `chunk` is its place in its unit.
+    `segments` and `runs` are the batch's, kept because every layer asks for them; `chunk` is its place in its unit. `counters`
+    numbers the tokens of a task's step by sample slot and position, whatever stands beside them in the batch (for dropout).
     """
 
     batch: Batch
@@ -31,6 +32,7 @@ class BatchTensors:
     ids: Tensor
     positions: Tensor
     labels: Tensor
+    counters: Tensor
     targets: tuple[tuple[str, Tensor], ...]
 
 
@@ -76,6 +78,7 @@ def batch_tensors(
     ids = np.zeros(batch.tokens, dtype=np.int64)
     labels = np.zeros(batch.tokens, dtype=np.int64)
     positions = np.zeros(batch.tokens, dtype=np.int64)
+    counters = np.zeros(batch.tokens, dtype=np.int64)
     targets: dict[str, list[int]] = {}
     start = 0
     for row in batch.rows:
@@ -88,6 +91,7 @@ def batch_tensors(
         positions[start : start + own] = np.arange(past, past + own)
         mine = (p - past for p in predicted_positions(sample))
         targets.setdefault(row.task, []).extend(start + p for p in mine if 0 <= p < row.raw_tokens)
+        counters[start : start + row.length_tokens] = (row.slot << 32) + past + np.arange(row.length_tokens)
         start += row.length_tokens
     move = {"device": device}
     return BatchTensors(
@@ -98,5 +102,6 @@ def batch_tensors(
         ids=torch.as_tensor(ids, **move),
         positions=torch.as_tensor(positions, **move),
         labels=torch.as_tensor(labels, **move),
+        counters=torch.as_tensor(counters, **move),
         targets=tuple((task, torch.as_tensor(places, dtype=torch.long, **move)) for task, places in targets.items()),
     )

@@ -24,6 +24,7 @@ from muxtune.executor.peers import ALONE, Alone, Peers
 from muxtune.spec.catalogue import shard
 from muxtune.spec.layout import Layout
 from muxtune.spec.model import ModelSpec
+from muxtune.spec.peft import COLUMN_PARALLEL
 
 with warnings.catch_warnings():
     # Megatron warns that Apex and Transformer Engine are absent and falls back to torch, which is what we want here.
@@ -78,6 +79,8 @@ def _multiplexed(base: type[Any], column_parallel: bool) -> type[Any]:
         def forward(self, input_: Tensor, *unused: Any, **also_unused: Any) -> tuple[Tensor, Tensor | None]:
             bias = self.bias if column_parallel and not self.skip_bias_add else None
             flat = input_.reshape(-1, input_.size(-1))
+            if self.bank is not None:
+                flat = self.bank.dispatch(flat)
             # Flat, so that adapters add in place to the product itself: in place on a view, autograd would copy it twice.
             out = F.linear(flat, self.weight, bias)
             if self.bank is not None:
@@ -270,7 +273,16 @@ def attach_banks(gpt: Any, model: ModelSpec, layout: Layout, stage: int) -> dict
     banks: dict[tuple[int, str], AdapterBank] = {}
     for layer_number, layer in zip(layout.layers_of(stage), gpt.decoder.layers, strict=True):
         for target, linear in layer_linears(layer).items():
-            bank = AdapterBank(target, target in ("qkv", "fc1"), shard(model, layout.tp, target))
+            late = linear.skip_bias_add
+            bank = AdapterBank(
+                target,
+                target in COLUMN_PARALLEL,
+                shard(model, layout.tp, target),
+                blocks=2 if model.gated and target == "fc1" else 1,
+                weight=linear.weight,
+                bias=None if late else linear.bias,
+                late_bias=linear.bias if late else None,
+            )
             linear.bank = bank
             banks[layer_number, target] = bank
     return banks

@@ -193,9 +193,8 @@ class StageModel:
     def _block(self, passage: Passage, piece: Piece) -> None:
         """Attention or MLP of a layer: from the normed stream to this rank's partial sum."""
         assert passage.normed is not None
-        segments = passage.tensors.segments
         for target in ("qkv", "proj") if piece.name == "attention" else ("fc1", "fc2"):
-            self.banks[piece.layer, target].bind(segments)
+            self.banks[piece.layer, target].bind(passage.tensors.segments, passage.tensors.counters)
         leaf = passage.normed.detach().requires_grad_(passage.live)
         layer = self.layers[piece.layer]
         with torch.enable_grad():

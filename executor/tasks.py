@@ -102,13 +102,20 @@ def register_task(stage: StageModel, task: Task, seed: int) -> TaskState:
     for (layer, target), bank in sorted(stage.banks.items()):
         if target not in task.peft.targets:
             continue
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {task.task_id} {layer} {target}".encode()))
+        key = zlib.crc32(f"{seed} {task.task_id} {layer} {target}".encode())
+        generator = torch.Generator().manual_seed(key)
         place = Place(
             features=bank.features,
             column_parallel=bank.column_parallel,
             tp=stage.layout.tp,
             tp_rank=stage.tp_rank,
             device=stage.device,
+            blocks=bank.blocks,
+            weight=bank.weight,
+            bias=bank.bias,
+            late_bias=bank.late_bias,
+            group=stage.peers.tp,
+            key=key,
         )
         adapter = make_adapter(task.peft, place, generator)
         bank.adapters[task.task_id] = adapter
@@ -178,7 +185,7 @@ def _gradient_norm(state: TaskState, layout_tp: int, group: Any | None) -> float
     if state.loss_scale != 1.0:
         torch._foreach_mul_(gradients, 1.0 / state.loss_scale)
     squares = torch.stack(torch._foreach_norm(gradients)).square().sum() if gradients else torch.zeros(())
-    if layout_tp > 1:
+    if layout_tp > 1 and state.replicated:
         whole = (
             torch.stack(torch._foreach_norm([p.grad for p in state.replicated if p.grad is not None])).square().sum()
         )

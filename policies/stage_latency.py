@@ -11,7 +11,17 @@ from dataclasses import replace
 from typing import Literal
 
 from muxtune.policies.build import planning_row
-from muxtune.sim.cost.base import Cost, CostModel, batch_ops, comm_load, grouped, priced_groups, prices, stream_ns
+from muxtune.sim.cost.base import (
+    Cost,
+    CostModel,
+    adapter_cost,
+    batch_ops,
+    comm_load,
+    grouped,
+    priced_groups,
+    prices,
+    stream_ns,
+)
 from muxtune.spec import ops
 from muxtune.spec.align import Batch, Row
 from muxtune.spec.catalogue import StageContext, stage_subgraphs
@@ -119,7 +129,7 @@ class StageLatency:
         self.two_layers = thin_context(contexts[0], 2)
         two_stages: Layout = replace(layout, pp=2, layers_per_stage=(1, 1))
         self.edge, self.inner = (replace(contexts[0], layout=two_stages, stage=s) for s in (0, 1))
-        self.first_target = {t.task_id: min(map(TARGETS.index, t.peft.targets)) for t in workload.tasks}
+        self.first_target = {t.task_id: min(map(t.peft.place, t.peft.targets)) for t in workload.tasks}
         self.op_ns: dict[Op, int] = {}
         self.sums: dict[tuple[tuple[Op, ...], tuple[Op, ...]], int] = {}
         self.frozen: dict[tuple[int, Runs, int, Direction], tuple[int, ...]] = {}
@@ -228,10 +238,23 @@ class StageLatency:
             found = []
             for context in (self.edge, self.inner):
                 mine = [op for op in self._ops(context, task, tokens, direction) if op.family in ADAPTERS]
-                costs = [self.cost.latency(op, self.device) for op in mine]
-                found.append(tuple(zip(names, costs, strict=True)))
+                found.append(tuple(self._named_costs(names, mine)))
             self.adapter[key] = (found[0], found[1])
         return self.adapter[key]
+
+    def _named_costs(self, names: Sequence[str], mine: Sequence[Op]) -> Iterator[tuple[str, Cost]]:
+        """(BaseOp and family, cost) of one task's adapters in order: adapters of one name may run as one grouped operator.
+
+        A method has one operator on each BaseOp, and one sum over tp ranks on some.
+        """
+        left = list(names)
+        target = ""
+        for op in mine:
+            if op.family != ops.ADAPTER_SUM:
+                target = left.pop(0)
+            # A forward sums behind its operator, a backward before it.
+            place = target if op.family != ops.ADAPTER_SUM or op.direction == "forward" else left[0]
+            yield f"{place} {op.family}", adapter_cost(self.cost, self.device, op, self.link)
 
     def _ops(self, context: StageContext, task: str, tokens: int, direction: Direction) -> Iterator[Op]:
         context = only(context, (task,))

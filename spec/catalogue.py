@@ -17,7 +17,7 @@ from muxtune.spec.layout import Layout
 from muxtune.spec.model import ModelSpec
 from muxtune.spec.noun import noun
 from muxtune.spec.ops import Direction, Op
-from muxtune.spec.peft import PeftSpec
+from muxtune.spec.peft import COLUMN_PARALLEL, PeftSpec
 
 PieceName = Literal["embed", "norm1", "attention", "norm2", "mlp", "exit", "final_norm", "head"]
 LAYER: tuple[PieceName, ...] = ("norm1", "attention", "norm2", "mlp")
@@ -198,21 +198,40 @@ def _mlp(context: StageContext, batch: Batch) -> Iterator[tuple[Op, bool]]:
 
 
 def _base_op(context: StageContext, batch: Batch, target: str) -> Iterator[tuple[Op, bool]]:
-    """A BaseOp, then the adapters that the batch's tasks hang on it (task segments in order)."""
+    """A BaseOp with the adapters that the batch's tasks hang on it: those that feed it before it, all others behind it."""
     model, dtype, e = context.model, context.model.dtype, context.model.element_bytes
-    features = shard(model, context.layout.tp, target)
+    features, column = shard(model, context.layout.tp, target), target in COLUMN_PARALLEL
     bias = model.biases == "all" or (model.biases == "qkv" and target == "qkv")
-    yield ops.linear(batch.tokens, features, bias, "forward", dtype, e), False
+    hung = _by_kind(context, batch, target)
+    for feeding in (True, False):
+        if not feeding:
+            yield ops.linear(batch.tokens, features, bias, "forward", dtype, e), False
+        for entries in hung:
+            if entries[0][0].feeds_base(column) == feeding:
+                yield from _adapters(context, entries, target)
+
+
+def _by_kind(context: StageContext, batch: Batch, target: str) -> list[list[tuple[PeftSpec, int]]]:
+    """For each method on a BaseOp, in order of first use: (adapter, tokens) of each task segment."""
+    kinds: dict[str, list[tuple[PeftSpec, int]]] = {}
     for task, start, end in batch.segments():
         peft = context.peft(task)
         if target in peft.targets:
-            family, rank = peft.operator()
-            assert family == "lora"
-            yield ops.lora(end - start, features, rank, "forward", dtype, e), True
+            kinds.setdefault(peft.kind, []).append((peft, end - start))
+    return list(kinds.values())
 
 
-#: BaseOps whose output features are sharded over tp; the others' input features are.
-COLUMN_PARALLEL = ("qkv", "fc1")
+def _adapters(context: StageContext, entries: list[tuple[PeftSpec, int]], target: str) -> Iterator[tuple[Op, bool]]:
+    """The adapters of one method on a BaseOp, then what tp ranks sum inside each."""
+    model, tp, column = context.model, context.layout.tp, target in COLUMN_PARALLEL
+    features = shard(model, tp, target)
+    for peft, tokens in entries:
+        shape = peft.shape_on(features, column, tp)
+        yield ops.adapter(peft.kind, tokens, shape, "forward", model.dtype, model.element_bytes), True
+    for peft, tokens in entries if tp > 1 else ():
+        summed = peft.tp_sum(tokens, features, column, model.element_bytes)
+        if summed is not None:
+            yield ops.message(ops.ADAPTER_SUM, summed.size_bytes, (tp, int(summed.backward))), True
 
 
 def shard(model: ModelSpec, tp: int, target: str) -> tuple[int, int]:
@@ -260,6 +279,8 @@ def _both_ways(
     first_adapted = False
     for op, trainable in piece_ops(context, piece, batch):
         forward.append(op)
+        if op.family == ops.ADAPTER_SUM and not op.shape[1]:
+            continue
         if trainable and (not live or first_adapted):
             backward.append(_turn(op, "weights"))
             first_adapted = True  # the other tasks' adapters on the same BaseOp get no input gradient either
@@ -276,8 +297,10 @@ def _turn(op: Op, direction: Direction) -> Op:
     e = {"fp32": 4}.get(dtype, 2)
     if op.family == "linear":
         return ops.linear(op.size[0], (op.shape[0], op.shape[1]), bool(op.shape[2]), "backward", dtype, e)
-    if op.family == "lora":
-        return ops.lora(op.size[0], (op.shape[0], op.shape[1]), op.shape[2], direction, dtype, e)
+    if op.family == ops.ADAPTER_SUM:
+        return ops.message(op.family, op.size[0], op.shape, direction)
+    if op.family in ops.ADAPTERS:
+        return ops.adapter(op.family, op.size[0], op.shape, direction, dtype, e)
     if op.family == "attention":
         (rows, length, queries), (heads, kv, width) = op.size, op.shape
         return ops.attention(rows, length, (heads, kv, width), "backward", dtype, e, queries)
@@ -329,7 +352,8 @@ def adapter_sizes(context: StageContext, task: str) -> tuple[int, int]:
     """(trainable parameters, trainable tensors) of a task on one rank of a stage."""
     peft = context.peft(task)
     layers = len(context.layout.layers_of(context.stage))
-    parameters = sum(peft.parameters_on(*shard(context.model, context.layout.tp, t)) for t in peft.targets)
+    shards = ((*shard(context.model, context.layout.tp, t), t in COLUMN_PARALLEL) for t in peft.targets)
+    parameters = sum(peft.parameters_on(*x) for x in shards)
     return layers * parameters, layers * len(peft.targets) * peft.tensors_on()
 
 

@@ -43,7 +43,7 @@ def sample_flops(model: ModelSpec, peft: PeftSpec) -> SampleFlops:
     task = "sample"
     context = StageContext(model=model, layout=even_layout(model), stage=0, adapters=((task, peft),))
     row = Row(task=task, slot=0, sample=0, prompt_tokens=0, response_tokens=1, length_tokens=1)
-    counted = {"linear", peft.operator()[0]}
+    counted = {"linear", peft.kind}
     per_token = per_square = 0
     for _, forward, backward in stage_ops(context, Batch(htask=0, rows=(row,))):
         per_token += sum(op.flops for op in (*forward, *backward) if op.family in counted)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from muxtune.spec.noun import noun
-
-#: `weights`: an adapter whose input needs no gradient (the first adapted BaseOp of stage 0) computes weight gradients only.
-Direction = Literal["forward", "backward", "weights"]
+from muxtune.spec.peft import Direction as Direction
+from muxtune.spec.peft import peft_kinds
 
 
 @noun
@@ -29,8 +26,10 @@ class Family:
 
 #: Collectives over the ranks of a group; `bytes` are those of the whole tensor.
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")
-#: What hangs on a BaseOp; those of one BaseOp may run as one grouped operator.
-ADAPTERS = frozenset({"lora"})
+#: What tp ranks sum inside an adapter, apart from its BaseOp's collective.
+ADAPTER_SUM = "adapter_sum"
+#: What hangs on a BaseOp, a family a PEFT method; those of one BaseOp and method may run as one grouped operator.
+ADAPTERS = frozenset({*peft_kinds(), ADAPTER_SUM})
 #: Measured remainders: what a block or a stage costs beyond its operators.
 OVERHEADS = ("attention_overhead", "mlp_overhead", "stage_overhead")
 
@@ -39,7 +38,8 @@ FAMILIES: dict[str, Family] = {
     "rmsnorm": Family(size=("tokens",), shape=("hidden",)),
     "layernorm": Family(size=("tokens",), shape=("hidden",)),
     "linear": Family(size=("tokens",), shape=("in", "out", "bias")),
-    "lora": Family(size=("tokens",), shape=("in", "out", "rank")),
+    **{kind: Family(size=("tokens",), shape=peft.SHAPE) for kind, peft in peft_kinds().items()},
+    ADAPTER_SUM: Family(size=("bytes",), shape=("ranks", "backward")),
     "rope": Family(size=("tokens",), shape=("heads", "head_dim")),
     # Measured where it is square: as many queries as keys.
     "attention": Family(size=("rows", "length", "queries"), shape=("heads", "kv_heads", "head_dim"), measured=2),
@@ -100,22 +100,24 @@ def linear(
     )
 
 
-def lora(tokens: int, features: tuple[int, int], rank: int, direction: Direction, dtype: str, element_bytes: int) -> Op:
-    """y += scale · B (A x); backward adds dA, dB and (unless direction is `weights`) dx."""
-    k, n = features
-    forward = 2 * tokens * rank * (k + n)
-    # Backward: dh = dy B and dB = dyᵀ h (each tokens·rank·out), dA = dhᵀ x and dx = dh A (each tokens·rank·in).
-    flops = {"forward": forward, "backward": 2 * forward, "weights": 2 * forward - 2 * tokens * rank * k}[direction]
-    moved = (tokens * (k + 2 * n) + rank * (k + n)) * element_bytes * (1 if direction == "forward" else 2)
+def adapter(kind: str, tokens: int, shape: tuple[int, ...], direction: Direction, dtype: str, element_bytes: int) -> Op:
+    """A PEFT method's operator on one BaseOp; `shape` is named by the SHAPE of its noun, which counts the work."""
+    peft = peft_kinds()[kind]
+    products = sum(2 * rows * columns * depth for rows, columns, depth in peft.products(direction, tokens, shape))
     return Op(
-        family="lora",
+        family=kind,
         direction=direction,
         dtype=dtype,
         size=(tokens,),
-        shape=(k, n, rank),
-        flops=flops,
-        moved_bytes=moved,
+        shape=shape,
+        flops=products + peft.pointwise_flops(direction, tokens, shape),
+        moved_bytes=peft.elements(direction, tokens, shape) * element_bytes,
     )
+
+
+def lora(tokens: int, features: tuple[int, int], rank: int, direction: Direction, dtype: str, element_bytes: int) -> Op:
+    """y += scale · B (A x); backward adds dA, dB and (unless direction is `weights`) dx."""
+    return adapter("lora", tokens, (*features, rank), direction, dtype, element_bytes)
 
 
 def attention(

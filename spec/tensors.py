@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from muxtune.spec.align import Batch
 from muxtune.spec.catalogue import StageContext, adapter_sizes, shard
 from muxtune.spec.footprint import Tensors, exact_bytes
-from muxtune.spec.peft import TARGETS
+from muxtune.spec.peft import COLUMN_PARALLEL, TARGETS
 
 #: Bytes an adapter parameter needs of each kind: itself, its gradient, the two AdamW moments, all fp32.
 ADAPTER_KINDS = {"adapters": 4, "gradients": 4, "optimizer_states": 8}
@@ -100,13 +100,14 @@ def _tensors(elements: Iterable[int], element_bytes: int) -> Tensors:
 
 
 def _saved_inputs(context: StageContext, batch: Batch, target: str) -> Iterator[int]:
-    """Elements saved for the adapters of one BaseOp: its input once, and each task's low-rank intermediate."""
+    """Elements saved for the adapters of one BaseOp: its input once where any needs it, and what each task's keeps beside it."""
     adapters = dict(context.adapters)
+    features = shard(context.model, context.layout.tp, target)
     found = [(adapters[s], end - start) for s, start, end in batch.segments() if target in adapters[s].targets]
-    if found:
-        yield batch.tokens * shard(context.model, context.layout.tp, target)[0]
+    if any(peft.KEEPS_INPUT for peft, _ in found):
+        yield batch.tokens * features[0]
     for peft, tokens in found:
-        yield tokens * peft.operator()[1]
+        yield peft.kept_on(tokens, features, target in COLUMN_PARALLEL)
 
 
 def _attention_held(context: StageContext, batch: Batch) -> Iterator[int]:
@@ -145,9 +146,13 @@ def chunk_kv_bytes(context: StageContext, batch: Batch) -> int:
 
 
 def working_bytes(context: StageContext, batch: Batch) -> int:
-    """Largest transient beside the held bytes: gradients of the widest piece while its backward runs."""
+    """Largest transient beside the held bytes: gradients of the widest piece while its backward runs, and an adapter's own."""
     model, tp = context.model, context.layout.tp
     widest = max(2 * model.fc1_out // tp, 2 * model.qkv_out // tp)
     if context.layout.is_last(context.stage):
         widest = max(widest, model.vocab // tp)
-    return batch.tokens * (widest + 2 * model.hidden) * model.element_bytes
+    hung = (
+        (peft, target) for task, _, _ in batch.segments() for peft in (context.peft(task),) for target in peft.targets
+    )
+    own = max((peft.transient_on(shard(model, tp, target)) for peft, target in hung), default=0)
+    return (batch.tokens * (widest + 2 * model.hidden) + own) * model.element_bytes

@@ -22,6 +22,7 @@ from muxtune.spec.errors import ExtrapolationError, InfeasibleError
 from muxtune.spec.layout import Recompute
 from muxtune.spec.memory import rank_peaks
 from muxtune.spec.ops import Op
+from muxtune.spec.peft import peft_kinds
 
 TARGETS = (("qkv", "proj", "fc1", "fc2"), ("fc1",), ("proj", "fc2"), ("qkv",))
 PLANNERS = ("muxtune", "muxtune:charge=exact", "muxtune:fusion=false", "greedy", "random")
@@ -86,6 +87,35 @@ def test_latency_equals_the_sum_over_operators(
             link = state.cluster.slowest_link(range(shape[0])) if shape[0] > 1 else None
             cost, device = Uneven(), state.cluster.device
             assert mine[stage] == stage_latency_ns(cost, device, context, batch, direction, link)  # type: ignore[arg-type]
+
+
+@given(
+    data=st.data(),
+    tp=st.sampled_from([1, 2]),
+    cluster=st.sampled_from(["4xcpu", "4xA40"]),
+    recompute=st.sampled_from(["none", "full"]),
+)
+def test_latency_equals_the_sum_over_operators_of_mixed_methods(
+    data: st.DataObject, tp: int, cluster: str, recompute: Recompute, tiny_state: Any, tiny_workload: Any
+) -> None:
+    """Every PEFT method in any mix, in any order: grouped by method, fed and feeding sides, sums over tp."""
+    kinds = data.draw(st.lists(st.sampled_from(sorted(peft_kinds())), min_size=1, max_size=5))
+    targets = [data.draw(st.sampled_from(TARGETS)) for _ in kinds]
+    base = tiny_workload(len(kinds), samples=(1, 2))
+    pefts = [peft_kinds()[kind](targets=t) for kind, t in zip(kinds, targets, strict=True)]  # type: ignore[call-arg]
+    tasks = tuple(replace(t, peft=p) for t, p in zip(base.tasks, pefts, strict=True))
+    state = tiny_state(replace(base, tasks=tasks), tp=tp, pp=2, cluster=cluster)
+    state = replace(state, layout=replace(state.layout, recompute=recompute))
+    surrogate = Surrogate(Uneven(), state, "pad")
+    names = tuple(t.task_id for t in tasks)
+    batch = planning_batch(state.workload, names, 2, "pad")
+    found = surrogate.microbatch(names)
+    assert found is not None
+    link = state.cluster.slowest_link(range(tp)) if tp > 1 else None
+    for stage, context in enumerate(surrogate.contexts):
+        for direction, mine in (("forward", found.forward_ns), ("backward", found.backward_ns)):
+            device = state.cluster.device
+            assert mine[stage] == stage_latency_ns(Uneven(), device, context, batch, direction, link)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("pp", [1, 2, 4])

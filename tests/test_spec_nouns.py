@@ -15,6 +15,10 @@ from muxtune.spec.layout import Layout
 from muxtune.spec.noun import canonical_bytes, digest, noun, nouns, plain
 from muxtune.spec.peft import TARGETS, peft_kinds
 from muxtune.spec.peft.base import PeftSpec
+from muxtune.spec.peft.bottleneck import Bottleneck
+from muxtune.spec.peft.diff_pruning import DiffPruning
+from muxtune.spec.peft.dora import DoRA
+from muxtune.spec.peft.ia3 import IA3
 from muxtune.spec.peft.lora import LoRA
 from muxtune.spec.plan import HTask, Provenance
 from muxtune.spec.timeline import MemorySample
@@ -134,6 +138,10 @@ def test_nouns_cannot_be_changed_or_made_by_position() -> None:
         (lambda: Layout(pp=2, layers_per_stage=(1,)), r"layers_per_stage=\[1\]: give each of pp=2 stages"),
         (lambda: Layout(pp=2, layers_per_stage=(1, 0)), r"layers_per_stage=\[1, 0\]: give each of pp=2 stages"),
         (lambda: LoRA(dropout=1.0), r"dropout=1.0: must be in \[0, 1\)"),
+        (lambda: Bottleneck(rank=0), "rank=0: must be at least 1"),
+        (lambda: DoRA(targets=("mlp",)), r"targets=\['mlp'\]: name each of"),
+        (lambda: DiffPruning(density=0.0), r"density=0.0: must be above 0 and at most 0.5"),
+        (lambda: IA3(targets=("fc2", "fc2")), "name each of .* at most once"),
         (lambda: LoRA(targets=()), r"targets=\[\]: name each"),
         (lambda: LoRA(targets=("qkv", "qkv")), "name each of .* at most once"),
     ],
@@ -145,7 +153,8 @@ def test_nouns_refuse_nonsense(make: Any, message: str) -> None:
 
 def test_lora_by_hand() -> None:
     lora = LoRA(rank=8, alpha=16.0)
-    assert (lora.scale, lora.parameters_on(3, 5), lora.tensors_on(), lora.operator()) == (2.0, 64, 2, ("lora", 8))
+    assert (lora.scale, lora.parameters_on(3, 5), lora.tensors_on()) == (2.0, 64, 2)
+    assert lora.shape_on((3, 5), True, 1) == (3, 5, 8)
 
 
 @pytest.mark.parametrize("kind", sorted(peft_kinds()))

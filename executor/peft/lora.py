@@ -6,14 +6,12 @@ Either way the adapter adds a partial sum to the base's partial sum, so the coll
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from muxtune.executor.peft.base import Adapter, Place
-from muxtune.kernels.grouped_lora import Group, forward
-from muxtune.spec.errors import InputError
+from muxtune.executor.peft.base import Adapter, Entry, Place
+from muxtune.kernels.grouped_lora import Dropout, Group, forward
 from muxtune.spec.peft.lora import LoRA
 
 
@@ -24,22 +22,27 @@ class LoRAAdapter(Adapter):
 
     def __init__(self, spec: LoRA, place: Place, generator: torch.Generator) -> None:
         super().__init__(spec, place, generator)
-        if spec.dropout > 0:
-            raise InputError(f"peft.dropout={spec.dropout}: the executor runs LoRA without dropout; set it to 0")
-        k, n = place.features
-        shards = 1 if place.column_parallel else place.tp
-        whole = torch.randn(spec.rank, k * shards, generator=generator) / (k * shards) ** 0.5
-        a = whole if place.column_parallel else whole.chunk(shards, 1)[place.tp_rank]
-        self.a = torch.nn.Parameter(a.contiguous().to(place.device))
-        self.b = torch.nn.Parameter(torch.zeros(n, spec.rank, device=place.device))
+        width = place.whole[0]
+        whole = torch.randn(spec.rank, width, generator=generator) / width**0.5
+        self.a = self._parameter(place.cut_in(whole, 1))
+        self.b = self._parameter(torch.zeros(place.features[1], spec.rank))
 
     def replicated(self) -> tuple[torch.nn.Parameter, ...]:
         """A beside a column-parallel base, B beside a row-parallel one."""
         return (self.a,) if self.place.column_parallel else (self.b,)
 
+    def group(self, start: int, end: int) -> Group:
+        """Its rows for the kernel; dropout is keyed by place, step and the input's number in the whole BaseOp."""
+        place, rate = self.place, self.spec.dropout
+        if rate == 0:
+            return Group(start=start, end=end, scale=self.spec.scale)
+        first = 0 if place.column_parallel else place.tp_rank * place.features[0]
+        dropout = Dropout(rate=rate, key=place.key, step=self.steps, first_column=first)
+        return Group(start=start, end=end, scale=self.spec.scale, dropout=dropout)
+
     @staticmethod
-    def apply_group(out: Tensor, x: Tensor, entries: Sequence[tuple[Any, int, int]]) -> Tensor:
-        """base + (alpha / rank) · B (A x), rows of each task with its own A and B."""
-        groups = [Group(start=start, end=end, scale=adapter.spec.scale) for adapter, start, end in entries]
+    def apply_group(out: Tensor, x: Tensor, entries: Sequence[Entry], counters: Tensor | None) -> Tensor:
+        """base + (alpha / rank) · B (A drop(x)), rows of each task with its own A and B."""
+        groups = [adapter.group(start, end) for adapter, start, end in entries]
         weights = [w.to(x.dtype) for adapter, _, _ in entries for w in (adapter.a, adapter.b)]
-        return forward(out, x, groups, weights)
+        return forward(out, x, groups, weights, counters)

@@ -11,6 +11,7 @@ import math
 from muxtune.spec.cluster import DeviceSpec
 from muxtune.spec.noun import noun
 from muxtune.spec.ops import Op
+from muxtune.spec.peft import peft_kinds
 
 #: Assumptions: the usual tile of half-precision GEMM libraries, and the grain to which a narrow side is padded. A library
 #: that picks smaller tiles for small GEMMs wastes less.
@@ -48,21 +49,10 @@ def gemms(op: Op) -> tuple[Gemm, ...]:
     if op.family == "linear":
         k, n = op.shape[:2] if op.direction == "forward" else (op.shape[1], op.shape[0])
         return (Gemm(rows=op.size[0], columns=n, depth=k),)
-    if op.family == "lora":
-        return _lora_gemms(op)
+    if op.family in peft_kinds():
+        products = peft_kinds()[op.family].products(op.direction, op.size[0], op.shape)
+        return tuple(Gemm(rows=rows, columns=columns, depth=depth) for rows, columns, depth in products)
     return ()
-
-
-def _lora_gemms(op: Op) -> tuple[Gemm, ...]:
-    (tokens,), (k, n, rank) = op.size, op.shape
-    if op.direction == "forward":  # h = x Aᵀ, y = h Bᵀ
-        return Gemm(rows=tokens, columns=rank, depth=k), Gemm(rows=tokens, columns=n, depth=rank)
-    gradients = (  # dh = dy B, dB = dyᵀ h, dA = dhᵀ x
-        Gemm(rows=tokens, columns=rank, depth=n),
-        Gemm(rows=n, columns=rank, depth=tokens),
-        Gemm(rows=rank, columns=k, depth=tokens),
-    )
-    return gradients if op.direction == "weights" else (*gradients, Gemm(rows=tokens, columns=k, depth=rank))
 
 
 def taken_flops(op: Op, device: DeviceSpec) -> float:

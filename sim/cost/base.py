@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -13,7 +14,7 @@ from muxtune.spec.catalogue import StageContext, Way, stage_ops, stage_subgraphs
 from muxtune.spec.cluster import DeviceSpec, Link
 from muxtune.spec.errors import UnknownKeyError
 from muxtune.spec.noun import noun
-from muxtune.spec.ops import ADAPTERS, COLLECTIVES, Op, collective_load, host
+from muxtune.spec.ops import ADAPTER_SUM, ADAPTERS, COLLECTIVES, Op, collective_load, host
 from muxtune.spec.plan import COMM_CTAS
 from muxtune.spec.registry import plugins
 
@@ -115,11 +116,21 @@ def prices(
     """
     for key, run in groupby(ops, _base_op if fuse_adapters else lambda op: None):
         if key is not None:
-            yield str(key[0]), grouped([cost.latency(op, device, share) for op in run])
+            yield str(key[0]), grouped([adapter_cost(cost, device, op, link, share) for op in run])
             continue
         for op in run:
             linked = link is not None and op.family in COLLECTIVES
             yield op.family, cost.link_latency(op, link) if linked else cost.latency(op, device, share)  # type: ignore[arg-type]
+
+
+def adapter_cost(
+    cost: CostModel, device: DeviceSpec, op: Op, link: Link | None = None, share: tuple[Op, ...] = ()
+) -> Cost:
+    """Price of an adapter's operator; what tp ranks sum inside it is an all-reduce over `link` that nothing hides."""
+    if op.family != ADAPTER_SUM:
+        return cost.latency(op, device, share)
+    message = replace(op, family="all_reduce", direction="forward", shape=op.shape[:1])
+    return cost.link_latency(message, link) if link is not None else cost.latency(message, device)
 
 
 def comm_load(device: DeviceSpec, link: Link | None, ctas: int = COMM_CTAS) -> tuple[Op, ...]:

@@ -63,8 +63,8 @@ def forward_of(op: Op) -> Op:
     if op.family == "linear":
         features = (op.shape[0], op.shape[1])
         return ops.linear(op.size[0], features, bool(op.shape[2]), "forward", op.dtype, DTYPE_BYTES[op.dtype])
-    if op.family == "lora":
-        return ops.lora(op.size[0], (op.shape[0], op.shape[1]), op.shape[2], "forward", op.dtype, DTYPE_BYTES[op.dtype])
+    if op.family in ops.ADAPTERS:
+        return ops.adapter(op.family, op.size[0], op.shape, "forward", op.dtype, DTYPE_BYTES[op.dtype])
     if op.family == "attention":
         (rows, length, queries), (heads, kv, width) = op.size, op.shape
         return ops.attention(rows, length, (heads, kv, width), "forward", op.dtype, DTYPE_BYTES[op.dtype], queries)

@@ -10,7 +10,7 @@ import math
 from typing import get_args
 
 from muxtune.sim.cost._links import LINKED, Algorithm, link_ns, usual_link
-from muxtune.sim.cost._tiles import taken_flops, utilisation
+from muxtune.sim.cost._tiles import gemms, taken_flops, utilisation
 from muxtune.sim.cost.base import Cost, CostBase
 from muxtune.spec.cluster import DeviceSpec, Link
 from muxtune.spec.noun import noun
@@ -26,8 +26,6 @@ COLLECTIVE_PASSES = 2
 COLLECTIVE_BANDWIDTH = 0.5
 #: Assumption: a data sheet says this little about one operator of unknown shape.
 RELATIVE_ERROR = 0.5
-#: Kernels of one operator where it is not one: a LoRA is two GEMMs, each with up to two more in its backward.
-KERNELS = {("lora", "forward"): 2, ("lora", "weights"): 3, ("lora", "backward"): 4}
 #: Host work and measured remainders: a data sheet has no figure for them.
 UNPRICED = frozenset({"launch", "instruction", *OVERHEADS, "send", "recv"})
 
@@ -105,8 +103,8 @@ def _left(device: DeviceSpec, share: tuple[Op, ...]) -> tuple[float, float]:
 
 
 def issue_ns(op: Op, device: DeviceSpec) -> int:
-    """Host time to launch the kernels of a compute operator."""
-    return device.launch_ns * KERNELS.get((op.family, op.direction), 1)
+    """Host time to launch the kernels of a compute operator: one, or one a matrix product (a LoRA has two to four)."""
+    return device.launch_ns * max(1, len(gemms(op)))
 
 
 def dynamic_joules(op: Op, device: DeviceSpec, p50_ns: int) -> float:

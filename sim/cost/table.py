@@ -280,8 +280,8 @@ def _baseline_ns(curve: Curve, device: DeviceSpec, size: Size) -> float:
     shape, dtype = curve.shape, curve.dtype
     if curve.family == "linear":
         op = ops.linear(size[0], (shape[0], shape[1]), bool(shape[2]), curve.direction, dtype, DTYPE_BYTES[dtype])
-    elif curve.family == "lora":
-        op = ops.lora(size[0], (shape[0], shape[1]), shape[2], curve.direction, dtype, DTYPE_BYTES[dtype])
+    elif curve.family in ADAPTERS:
+        op = ops.adapter(curve.family, size[0], shape, curve.direction, dtype, DTYPE_BYTES[dtype])
     elif curve.family == "attention":
         heads = (shape[0], shape[1], shape[2])
         op = ops.attention(size[0], size[1], heads, curve.direction, dtype, DTYPE_BYTES[dtype])

@@ -1,5 +1,5 @@
 """PEFT methods: one noun file each, found by file name; a torch file of the same name in executor/peft/ runs it."""
 
-from muxtune.spec.peft.base import TARGETS, PeftSpec, peft_kinds
+from muxtune.spec.peft.base import COLUMN_PARALLEL, TARGETS, Direction, PeftSpec, peft_kinds
 
-__all__ = ["TARGETS", "PeftSpec", "peft_kinds"]
+__all__ = ["COLUMN_PARALLEL", "TARGETS", "Direction", "PeftSpec", "peft_kinds"]
