@@ -59,6 +59,11 @@ class TaskState:
         """What happened in the steps from `first` on."""
         return step_reports(self.task, {name: getattr(self, name) for name in HISTORY}, first)
 
+    def __post_init__(self) -> None:
+        # A dropout draws anew in each step: adapters ask their task how many it has taken.
+        for adapter in self.adapters.values():
+            adapter.steps_taken = lambda: len(self.gradient_norms)
+
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         """Every trainable tensor of the task on this rank, in a fixed order."""

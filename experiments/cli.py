@@ -266,6 +266,7 @@ def execute(
     iterations: Annotated[
         int, typer.Option("--iterations", metavar="N", min=1, help="Passes, each with fresh samples.")
     ] = 5,
+    kernel: opt.Kernel = opt.KernelName.auto,
     trace: opt.TraceFile = None,
     seed: opt.Seed = 0,
     out: opt.OutFolder = None,
@@ -298,7 +299,7 @@ def execute(
     with Progress() as progress:
         options: dict[str, Any] = {"iterations": iterations, "trace": trace, "seed": seed, "out": out}
         options |= {"training": training, "progress": progress, "say": progress.say}
-        body = command.run(plan, device=device.value, **options)
+        body = command.run(plan, device=device.value, kernel=kernel.value, **options)
     return Answer(body=body, show=command.show, as_json=as_json)
 
 

@@ -9,6 +9,15 @@ from typing import Annotated
 import typer
 
 
+class KernelName(StrEnum):
+    """Back ends of grouped LoRA."""
+
+    auto = "auto"
+    triton = "triton"
+    grouped_mm = "grouped-mm"
+    loop = "loop"
+
+
 class Device(StrEnum):
     """Where plans are executed."""
 
@@ -154,4 +163,10 @@ Deterministic = Annotated[
 ]
 LayerSpecName = Annotated[
     str, typer.Option("--layer-spec", metavar="NAME", help="Norms by te (Transformer Engine), local, or auto.")
+]
+Kernel = Annotated[
+    KernelName,
+    typer.Option(
+        "--kernel", help="Grouped LoRA by triton (CUDA), grouped-mm or a loop; auto is triton on CUDA, else the loop."
+    ),
 ]

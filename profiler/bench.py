@@ -15,6 +15,7 @@ from muxtune.executor.interpreter import RankRun
 from muxtune.executor.loss import token_losses
 from muxtune.executor.megatron import RaggedAttention, activation, rotate
 from muxtune.executor.peers import ALONE
+from muxtune.executor.peft.base import Place, make_adapter
 from muxtune.executor.reference import reference_ns
 from muxtune.executor.stage import StageModel
 from muxtune.executor.tasks import register_task, step_task
@@ -26,6 +27,7 @@ from muxtune.spec.bind import bind
 from muxtune.spec.catalogue import Piece
 from muxtune.spec.layout import Layout, even_layout
 from muxtune.spec.model import ModelSpec
+from muxtune.spec.peft import PeftSpec, peft_kinds
 from muxtune.spec.plan import Plan
 from muxtune.spec.task import Task
 
@@ -33,9 +35,9 @@ from muxtune.spec.task import Task
 REFERENCE_EVERY = 4
 #: Operators are run once untimed right before they are timed, as inside a layer, where their neighbours just ran. What cold
 #: code and data cost is in the cases that run many operators themselves, and an optimizer's states are cold in a real step.
-UNWARMED = (PASSAGE, "instruction", "adamw", "lora", "attention")
+UNWARMED = (PASSAGE, "instruction", "adamw", *peft_kinds(), "attention")
 #: Of these the first case of a round is run once untimed: its data may be cold as in a step, its code is not.
-WARM_CODE = ("lora", "attention")
+WARM_CODE = (*peft_kinds(), "attention")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,8 @@ class Bench:
             if case.family in pointwise
             else "norm"
             if case.family in ("rmsnorm", "layernorm")
+            else "adapter"
+            if case.family in peft_kinds()
             else case.family
         )
         runner: Callable[[], list[Part]] = getattr(self, f"_{name}")(case)
@@ -136,24 +140,41 @@ class Bench:
         offset = self._random(features_out) if bias else None
         return self._graph(lambda x: F.linear(x, weight, offset), self._random(case.size[0], 1, features_in))
 
-    def _lora(self, case: Case) -> Callable[[], list[Part]]:
-        (tokens,), (features_in, features_out, rank) = case.size, case.shape
-        x, base = self._random(tokens, features_in), self._random(tokens, features_out)
-        a, b = (
-            self._random(rank, features_in).requires_grad_(True),
-            self._random(features_out, rank).requires_grad_(True),
+    def _adapter(self, case: Case) -> Callable[[], list[Part]]:
+        """The executor's own call for one task's adapter, on a shard of the case's shape; sums over tp are left out."""
+        (tokens,), (features_in, features_out) = case.size, case.shape[:2]
+        peft = peft_kinds()[case.family].of_shape(case.shape)
+        column, tp = _side_of(peft, case.shape)
+        weight, generator = self._random(features_out, features_in), torch.Generator().manual_seed(0)
+        place = Place(
+            features=(features_in, features_out),
+            column_parallel=column,
+            tp=tp,
+            tp_rank=0,
+            device=self.device,
+            weight=weight,
         )
+        adapter = make_adapter(peft, place, generator)
+        for parameter in adapter.parameters():
+            parameter.normal_()
+        x, base = self._random(tokens, features_in), self._random(tokens, features_out)
         x.requires_grad_(case.direction == "forward")
-        gradient, groups = torch.randn_like(base), (grouped_lora.Group(start=0, end=tokens, scale=2.0),)
+        entries = [(adapter, 0, tokens)]
+        feeding = peft.feeds_base(column)
+        gradient = torch.randn_like(x if feeding else base)
 
         def run() -> list[Part]:
             out = base.clone()
             with torch.enable_grad():
-                forward, out = timed("forward", lambda: grouped_lora.forward(out, x, groups, (a, b)))
+                if feeding:
+                    forward, out = timed("forward", lambda: adapter.dispatch_group(x, entries))
+                else:
+                    forward, out = timed("forward", lambda: adapter.apply_group(out, x, entries, None))
             edge = torch.autograd.graph.get_gradient_edge(out)
             name = "backward" if case.direction == "forward" else "weights"
             backward, _ = timed(name, lambda: torch.autograd.backward((edge,), (gradient,)))
-            x.grad = a.grad = b.grad = None
+            x.grad = None
+            adapter.zero_grad(set_to_none=True)
             return [forward, backward] if case.direction == "forward" else [backward]
 
         return run
@@ -278,3 +299,10 @@ class Bench:
             return parts
 
         return once
+
+
+def _side_of(peft: PeftSpec, shape: tuple[int, ...]) -> tuple[bool, int]:
+    """(column-parallel, tp) of a shard that has this operator shape; a method that is alike on both sides has the first."""
+    degrees = (1 << power for power in range(8))
+    found = ((column, tp) for tp in degrees for column in (True, False))
+    return next(x for x in found if peft.shape_on((shape[0], shape[1]), *x) == shape)

@@ -11,7 +11,7 @@ from muxtune.spec.catalogue import StageContext, Subgraph, adapter_sizes, stage_
 from muxtune.spec.layout import Layout, even_layout
 from muxtune.spec.model import ModelSpec
 from muxtune.spec.noun import noun
-from muxtune.spec.ops import OVERHEADS, Op
+from muxtune.spec.ops import ADAPTER_SUM, ADAPTERS, OVERHEADS, Op
 from muxtune.spec.task import Task, Workload
 
 #: A whole stage run through the executor's own nodes; `shape` says whether it is the first and the last one. What blocks
@@ -147,7 +147,9 @@ def _task_cases(workload: Workload, context: StageContext, task: Task, most_of_t
             if op.family == "attention":
                 for length in octaves(shortest, longest):
                     yield from (_case(op, (r, length)) for r in octaves(1, rows))
-            elif op.family == "lora":
+            elif op.family == ADAPTER_SUM:
+                continue  # priced as the all-reduce that it is
+            elif op.family in ADAPTERS:
                 yield from (_case(op, (n,)) for n in octaves(_shortest(workload, task), most_of_task))
             elif op.family not in OVERHEADS:
                 yield from (_case(op, (n,)) for n in octaves(fewest, most))

@@ -19,6 +19,7 @@ from muxtune.sim.cost.table import Curve, FittedTable, Point, Table, fit_table
 from muxtune.spec.catalogue import StageContext, stage_subgraphs, subgraph_ops
 from muxtune.spec.cluster import device_presets
 from muxtune.spec.ops import Direction
+from muxtune.spec.peft import peft_kinds
 from muxtune.spec.plan import Provenance
 from muxtune.spec.task import Task
 
@@ -90,8 +91,8 @@ def _harness_ns(meta: Meta, medians: Medians) -> dict[tuple[str, str], int]:
     for direction in ("forward", "backward"):
         empty_ns = medians[index[EMPTY], direction].p50_ns
         found |= {(family, direction): count * empty_ns for family, count in GRAPHS.items()}
-        found["lora", direction] = medians[index[EMPTY_LORA], direction].p50_ns
-    found["lora", "weights"] = found["lora", "backward"]
+        found |= {(kind, direction): medians[index[EMPTY_LORA], direction].p50_ns for kind in peft_kinds()}
+    found |= {(kind, "weights"): found[kind, "backward"] for kind in peft_kinds()}
     return found
 
 

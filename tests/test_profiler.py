@@ -8,9 +8,11 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 
 from muxtune.experiments.laws import with_options
 from muxtune.policies.base import SystemState, make_policy, policies
+from muxtune.profiler.bench import Bench
 from muxtune.profiler.cases import (
     EMPTY,
     EMPTY_LORA,
@@ -38,6 +40,7 @@ from muxtune.spec.errors import InputError
 from muxtune.spec.layout import Layout, even_layout
 from muxtune.spec.lengths import embedded_length
 from muxtune.spec.model import model_preset
+from muxtune.spec.peft import peft_kinds
 from muxtune.spec.ops import OVERHEADS
 from muxtune.spec.peft.lora import LoRA
 from muxtune.spec.task import Task, Workload
@@ -232,3 +235,20 @@ def test_two_real_rounds_are_stored_resumed_and_fitted(tmp_path: Path) -> None:
     }
     assert all(p.p50_ns > 0 for c in fitted.curves for p in c.points if c.family not in OVERHEADS)
     assert fitted.provenance.environment
+
+
+@pytest.mark.parametrize("kind", sorted(peft_kinds()))
+def test_every_peft_method_is_measured_on_every_side(kind: str) -> None:
+    """The bench runs the executor's own call for each operator shape of the catalogue, in every direction."""
+    bench = Bench.__new__(Bench)
+    bench.device, bench.dtype = torch.device("cpu"), torch.float32
+    for column_parallel in (True, False):
+        shape = peft_kinds()[kind]().shape_on((24, 40), column_parallel, 1)
+        for direction, parts in (("forward", ["forward", "backward"]), ("weights", ["weights"])):
+            case = Case(family=kind, dtype="fp32", size=(16,), shape=shape, direction=direction)  # type: ignore[arg-type]
+            with torch.no_grad():
+                run = bench.build(case)
+                for _ in range(2):
+                    found = run()
+            assert [name for name, _, _ in found] == parts
+            assert all(wall_ns > 0 for _, wall_ns, _ in found)

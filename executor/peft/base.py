@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -65,7 +65,7 @@ class Place:
 class Adapter(torch.nn.Module):
     """One task's adapter on one BaseOp of one rank. Subclasses are found by the file name of their PEFT kind.
 
-    `steps` counts the task's optimizer steps so far: a dropout draws anew in each.
+    `steps_taken` says how many optimizer steps the task has taken: a dropout draws anew in each.
     """
 
     def __init__(self, spec: Any, place: Place, generator: torch.Generator) -> None:
@@ -73,7 +73,7 @@ class Adapter(torch.nn.Module):
         super().__init__()
         self.spec = spec
         self.place = place
-        self.steps = 0
+        self.steps_taken: Callable[[], int] = lambda: 0
 
     def _parameter(self, value: Tensor) -> torch.nn.Parameter:
         return torch.nn.Parameter(value.float().contiguous().to(self.place.device))

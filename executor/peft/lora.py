@@ -37,7 +37,7 @@ class LoRAAdapter(Adapter):
         if rate == 0:
             return Group(start=start, end=end, scale=self.spec.scale)
         first = 0 if place.column_parallel else place.tp_rank * place.features[0]
-        dropout = Dropout(rate=rate, key=place.key, step=self.steps, first_column=first)
+        dropout = Dropout(rate=rate, key=place.key, step=self.steps_taken(), first_column=first)
         return Group(start=start, end=end, scale=self.spec.scale, dropout=dropout)
 
     @staticmethod

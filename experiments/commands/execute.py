@@ -25,6 +25,7 @@ from muxtune.experiments.commands.inputs import Progress, output_file, output_fo
 from muxtune.experiments.commands.metrics import Metrics, Say, quiet
 from muxtune.experiments.commands.training import Changes, Trained, require_reachable, train
 from muxtune.experiments.console import json_text, render, table
+from muxtune.kernels._choice import VARIABLE, Kernel, chosen
 from muxtune.profiler.provenance import birth
 from muxtune.spec.bind import bind
 from muxtune.spec.check import require_valid
@@ -64,6 +65,7 @@ def run(
     *,
     device: Device = "cpu",
     iterations: int = 5,
+    kernel: Kernel = "auto",
     trace: Path | None = None,
     seed: int = 0,
     out: Path | None = None,
@@ -95,6 +97,7 @@ def run(
     bound = bind(found, seed=seed)
     _require_room(bound, device, ranks)
     require_reachable(options.changes, found, iterations)
+    used = _choose_kernel(kernel, device)
     with _held(options.checkpoint):
         start = starting_point(options, found, seed)
         metrics = Metrics(out, start.manifest.iteration if start else 0, iterations, say)
@@ -107,7 +110,8 @@ def run(
     body = _body(found, done, curves, device, ranks)
     body |= {"seed": seed, "resumed_at": start.manifest.iteration if start else None, "memory": memory}
     peaks = [x["peak_bytes"] for x in memory]
-    body |= {"peak_bytes": max(peaks), "peak_bytes_per_rank": peaks, "provenance": plain(birth(device))}
+    body |= {"peak_bytes": max(peaks), "peak_bytes_per_rank": peaks, "kernel": used}
+    body["provenance"] = plain(birth(device))
     if done.last is not None and traces:
         trace_text = json.dumps(chrome_trace([(f"{found.made_by.policy} (measured)", done.last.timeline())]))
         for path in traces:
@@ -189,6 +193,16 @@ def _require_room(bound: Bound, device: Device, ranks: int) -> None:
             f"the plan's {ranks} ranks need {format_bytes(needed)}, this machine has {format_bytes(there)}: "
             "plan a smaller model"
         )
+
+
+def _choose_kernel(kernel: Kernel, device: Device) -> str:
+    """Set the back end of grouped LoRA for the workers that start from now on, and say which one they will use."""
+    try:
+        used = chosen(torch.device(device), kernel)
+    except ValueError as error:
+        raise InputError(f"--kernel {kernel}: {error}") from error
+    os.environ[VARIABLE] = kernel
+    return used
 
 
 def memory_pass(group: WorkerGroup, bound: Bound, seed: int) -> list[dict[str, int]]:

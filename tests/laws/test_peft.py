@@ -65,7 +65,7 @@ def formula(made: Any, at: Place, x: Tensor, counters: Tensor) -> Tensor:
     assert weight is not None
     assert bias is not None
     if spec.kind == "lora":
-        choice = Dropout(rate=spec.dropout, key=at.key, step=made.steps)
+        choice = Dropout(rate=spec.dropout, key=at.key, step=made.steps_taken())
         seen = drop(x, kept(choice, counters, IN), choice) if spec.dropout else x
         return x @ weight.T + spec.scale * seen @ made.a.T @ made.b.T
     if spec.kind == "bottleneck":
