@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= out/demo
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check bench bench-kernels clean
 
 setup: $(VENV)/.exec
 
@@ -40,6 +40,10 @@ build/typed:
 
 bench: $(VENV)/.dev
 	@$(BIN)/python -m tests.bench
+
+# On a machine without a CUDA device it says so and measures nothing.
+bench-kernels: $(VENV)/.dev
+	@$(BIN)/python -m tests.bench_kernels $(KERNEL_OUT)
 
 clean:
 	rm -rf build out .pytest_cache .mypy_cache .ruff_cache .hypothesis

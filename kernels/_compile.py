@@ -18,7 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from muxtune.kernels import _lora_triton as lora
+from muxtune.kernels import _lora_kernels
+from muxtune.kernels._lora_triton import Tile, tile_of
 
 #: Arguments that are pointers to the tensors' dtype; other pointers are int64 tables and fp32 factors.
 VALUES = ("x", "w", "h", "y", "g", "dw")
@@ -40,7 +41,7 @@ def signature(kernel: Any, dtype: str) -> dict[str, str]:
     return found
 
 
-def constants(rank: int, tile: lora.Tile, drops: bool) -> dict[str, dict[str, Any]]:
+def constants(rank: int, tile: Tile, drops: bool) -> dict[str, dict[str, Any]]:
     """Compile-time arguments of each kernel as the launches choose them for a padded rank."""
     common = {"SIDE": 0, "SCALED": True, "DROPS": drops, "BM": tile.rows, "BR": rank}
     return {
@@ -52,7 +53,7 @@ def constants(rank: int, tile: lora.Tile, drops: bool) -> dict[str, dict[str, An
 
 def compiled(name: str, dtype: str, capability: int, constant: dict[str, Any], warps: int) -> dict[str, int]:
     """Registers, shared bytes and spilled bytes of one kernel."""
-    kernel = getattr(lora, name)
+    kernel = getattr(_lora_kernels, name)
     types = signature(kernel, dtype)
     order = kernel.arg_names
     aligned = [
@@ -90,7 +91,7 @@ def _assembled(ptx: str, capability: int) -> dict[str, int]:
 def every_kernel(architecture: str, dtype: str, rank: int) -> dict[str, dict[str, int]]:
     """Figures of every kernel, without and with dropout."""
     capability = int(architecture.removeprefix("sm_"))
-    tile = lora.tile_of(rank, 4 if dtype == "fp32" else 2)
+    tile = tile_of(rank, 4 if dtype == "fp32" else 2)
     found = {}
     for drops in (False, True):
         for name, constant in constants(rank, tile, drops).items():

@@ -40,8 +40,8 @@ from muxtune.spec.errors import InputError
 from muxtune.spec.layout import Layout, even_layout
 from muxtune.spec.lengths import embedded_length
 from muxtune.spec.model import model_preset
-from muxtune.spec.peft import peft_kinds
 from muxtune.spec.ops import OVERHEADS
+from muxtune.spec.peft import peft_kinds
 from muxtune.spec.peft.lora import LoRA
 from muxtune.spec.task import Task, Workload
 

@@ -22,6 +22,7 @@ import torch
 import muxtune.kernels.grouped_lora as sample
 from muxtune.kernels._choice import chosen, force
 from muxtune.kernels._dropout import Dropout, kept
+from tests import bench_kernels
 
 KERNELS = sorted(p.stem for p in Path(sample.__file__).parent.glob("[!_]*.py"))
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -170,3 +171,26 @@ def test_one_door_chooses_the_back_end() -> None:
         assert chosen(cpu) == "grouped-mm"
     finally:
         force("auto")
+
+
+def test_the_benchmark_says_so_without_a_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench_kernels.main() == 0
+    assert "no CUDA device here, nothing measured" in capsys.readouterr().out
+
+
+def test_the_benchmark_judges_its_targets_by_hand() -> None:
+    """1 rank-8 shape, 8 tasks, 8192 tokens, 4096x4096: 0.27 GB forward, 0.27 backward, 4.2 MB of A and B, 0.8 MB of h."""
+    times = {"loop": 300.0, "grouped-mm": 250.0, "triton": 240.0}
+    point = bench_kernels.Point(features=(4096, 4096), tasks=8, rank=8, tokens=8192, base_us=200.0, with_us=times)
+    assert bench_kernels.adapter_bytes(point) == 2 * (7 * 8192 * 4096 + 4 * 8 * 8 * 8192 + 6 * 8192 * 8)
+    assert bench_kernels.adapter_flops(point) == 6 * 8192 * 8 * 8192
+    lines = bench_kernels.judged([point], bytes_per_s=3e12)
+    assert lines == [
+        "4096x4096 against base alone: 1.20 (≤ 1.3) met",
+        "added time against the bytes floor: 0.25 (≤ 1.25) met",
+        "faster than the loop: 2.50 (≥ 1.3) met",
+    ]
+    assert "MISSED" in bench_kernels.judged([point], bytes_per_s=3e13)[1]
