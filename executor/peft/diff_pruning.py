@@ -13,7 +13,10 @@ from muxtune.spec.peft.diff_pruning import DiffPruning
 
 
 class DiffPruningAdapter(Adapter):
-    """Differences start at zero. Their places are evenly spaced in each row (column) of the whole weight from a random start."""
+    """Differences, (rows or columns of the shard, trained in each), start at zero.
+
+    Their places are evenly spaced in each row (column) of the whole weight from a random start.
+    """
 
     spec: DiffPruning
     places: Tensor
@@ -30,7 +33,7 @@ class DiffPruningAdapter(Adapter):
         flat = along * k + across if place.column_parallel else across * k + along
         self.register_buffer("places", flat.reshape(-1).to(place.device), persistent=False)
         self.shape = (n, k)
-        self.delta = self._parameter(torch.zeros(flat.numel()))
+        self.delta = self._parameter(torch.zeros(flat.shape))
 
     @staticmethod
     def apply_group(out: Tensor, x: Tensor, entries: Sequence[Entry], counters: Tensor | None) -> Tensor:
@@ -41,7 +44,7 @@ class DiffPruningAdapter(Adapter):
 def _scattered(adapter: Any, delta: Tensor) -> Tensor:
     """D (out, in): the differences at their places."""
     dense = delta.new_zeros(adapter.shape)
-    dense.view(-1)[adapter.places] = delta
+    dense.view(-1)[adapter.places] = delta.reshape(-1)
     return dense
 
 
@@ -63,7 +66,7 @@ class _Sparse(torch.autograd.Function):
         dx = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
         found = []
         for delta, (adapter, start, end) in zip(deltas, ctx.entries, strict=True):
-            found.append((dy[start:end].T @ x[start:end]).reshape(-1)[adapter.places])
+            found.append((dy[start:end].T @ x[start:end]).reshape(-1)[adapter.places].view_as(delta))
             if dx is not None:
                 torch.mm(dy[start:end], _scattered(adapter, delta), out=dx[start:end])
         return dy if ctx.needs_input_grad[0] else None, dx, None, *found

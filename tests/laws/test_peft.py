@@ -73,7 +73,11 @@ def formula(made: Any, at: Place, x: Tensor, counters: Tensor) -> Tensor:
         return y + F.gelu((y + bias) @ made.a.T) @ made.b.T
     if spec.kind == "diff-pruning":
         return (
-            x @ (weight + torch.zeros_like(weight).reshape(-1).index_add(0, made.places, made.delta).view_as(weight)).T
+            x
+            @ (
+                weight
+                + torch.zeros_like(weight).reshape(-1).index_add(0, made.places, made.delta.reshape(-1)).view_as(weight)
+            ).T
         )
     if spec.kind == "ia3":
         return (x @ weight.T + bias) * made.scale - bias if at.column_parallel else (x * made.scale) @ weight.T
