@@ -38,7 +38,8 @@ class SampleFlops:
 def sample_flops(model: ModelSpec, peft: PeftSpec) -> SampleFlops:
     """Flops of a task's sample on the whole backbone, as if it ran alone: GEMMs of linears, attention and adapters.
 
-    Pointwise operators, and what no gradient flows through (below the first adapter), are left out.
+    Pointwise operators, and what no gradient flows through (below the first adapter), are left out. Diff-Pruning's product is
+    counted dense, as it is computed.
     """
     task = "sample"
     context = StageContext(model=model, layout=even_layout(model), stage=0, adapters=((task, peft),))

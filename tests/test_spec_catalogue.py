@@ -15,7 +15,11 @@ from muxtune.spec.catalogue import StageContext, adapter_sizes, stage_ops, stage
 from muxtune.spec.errors import InputError, UnknownKeyError
 from muxtune.spec.layout import Layout, even_layout
 from muxtune.spec.model import ModelSpec, model_preset, model_presets
-from muxtune.spec.ops import FAMILIES, attention, linear, lora
+from muxtune.spec.ops import ADAPTERS, FAMILIES, attention, linear, lora
+from muxtune.spec.peft import PeftSpec
+from muxtune.spec.peft.bottleneck import Bottleneck
+from muxtune.spec.peft.dora import DoRA
+from muxtune.spec.peft.ia3 import IA3
 from muxtune.spec.peft.lora import LoRA
 
 #: Sizes of the published checkpoints (tied output layers counted once).
@@ -157,6 +161,38 @@ def test_a_neighbour_that_starts_earlier_makes_gradients_flow() -> None:
     found = directions(context(model_preset("tiny-llama"), a=("fc2",), b=("qkv",)), work)
     assert found[0] == ("lora", "weights")
     assert found[-2:] == [("lora", "backward"), ("mlp_overhead", "backward")]
+
+
+def hung(tp: int, **methods: PeftSpec) -> StageContext:
+    """tiny-llama on one stage with these adapters."""
+    model = model_preset("tiny-llama")
+    return StageContext(model=model, layout=even_layout(model, tp=tp), stage=0, adapters=tuple(methods.items()))
+
+
+def test_an_adapter_that_feeds_its_linear_makes_its_gradient_flow() -> None:
+    """(IA)³ beside fc2 stands before it: the linear and the LoRA behind it turn in full, where LoRA alone would not."""
+    found = directions(hung(1, a=LoRA(targets=("fc2",)), b=IA3(targets=("fc2",))), batch(("a", 8), ("b", 8)))
+    assert found == [("ia3", "weights"), ("linear", "backward"), ("lora", "backward"), ("mlp_overhead", "backward")]
+
+
+def test_sums_inside_adapters_stand_behind_their_method_and_only_under_tp() -> None:
+    """Two bottlenecks of rank 4 on fc2 and a DoRA: all of a method, then its sums; DoRA's backward has none."""
+    small = {"a": Bottleneck(rank=4, targets=("fc2",)), "b": Bottleneck(rank=2, targets=("fc2",))}
+    work = batch(("a", 8), ("c", 8), ("b", 16))
+    for tp, sums in ((1, []), (2, [8 * 4 * 4, 16 * 2 * 4])):
+        rows = stage_ops(hung(tp, **small, c=DoRA(rank=2, targets=("fc2",))), work)
+        forward, backward = next((f, b) for piece, f, b in rows if piece.name == "mlp")
+        mine = [op for op in forward if op.family in ADAPTERS]
+        norms = [192 * 4] if tp == 2 else []
+        assert [op.family for op in mine] == ["bottleneck"] * 2 + ["adapter_sum"] * len(sums) + ["dora"] + [
+            "adapter_sum"
+        ] * len(norms)
+        assert [op.size[0] for op in mine if op.family == "adapter_sum"] == sums + norms
+        turned = [op for op in backward if op.family in ADAPTERS]
+        assert [op.size[0] for op in turned if op.family == "adapter_sum"] == sums[::-1]
+        assert {op.direction for op in turned} == {"weights"}
+        # Down 2·8·4·192, up the same; beside a row-parallel linear each of two ranks adds up half of the tokens.
+        assert mine[0].flops == 2 * 8 * 4 * 192 + 2 * (8 // tp) * 4 * 192
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

@@ -334,6 +334,10 @@ WRONG_WORKLOADS: list[tuple[str, dict[str, Any], str]] = [
     ("arrival", {"tasks": [{**TASK, "arrival_s": -1}]}, "tasks.0.*: arrival_s=-1.*: must not be negative"),
     ("rank", {"tasks": [{**TASK, "peft": {"kind": "lora", "rank": 0}}]}, "tasks.0.peft.*: rank=0: must be at least 1"),
     ("kind", {"tasks": [{**TASK, "peft": {"kind": "magic"}}]}, "tasks.0.peft.*magic"),
+    ("density", {"tasks": [{**TASK, "peft": {"kind": "diff-pruning", "density": 2}}]}, "density=2.*: must be above 0"),
+    ("act", {"tasks": [{**TASK, "peft": {"kind": "bottleneck", "activation": "tanh"}}]}, "tasks.0.peft.activation"),
+    ("no rank", {"tasks": [{**TASK, "peft": {"kind": "ia3", "rank": 4}}]}, "tasks.0.peft.rank"),
+    ("places", {"tasks": [{**TASK, "peft": {"kind": "dora", "targets": ["mlp"]}}]}, r"targets=\['mlp'\]: name each of"),
     ("billed 0", {"tasks": [{**TASK, "billed_len_tokens": 0}]}, "tasks.0: billed_len_tokens=0: must be at least 1"),
     (
         "too long",
