@@ -8,7 +8,7 @@ from math import isqrt
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muxtune.policies.base import make_policy
@@ -95,6 +95,7 @@ def test_latency_equals_the_sum_over_operators(
     cluster=st.sampled_from(["4xcpu", "4xA40"]),
     recompute=st.sampled_from(["none", "full"]),
 )
+@settings(max_examples=40)
 def test_latency_equals_the_sum_over_operators_of_mixed_methods(
     data: st.DataObject, tp: int, cluster: str, recompute: Recompute, tiny_state: Any, tiny_workload: Any
 ) -> None:
