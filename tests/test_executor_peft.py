@@ -11,7 +11,7 @@ import pytest
 
 from muxtune.executor.group import WorkerGroup
 from muxtune.executor.messages import Gradients
-from muxtune.executor.tasks import Array
+from muxtune.executor.reports import Array
 from muxtune.policies.base import SystemState
 from muxtune.policies.build import make_instance
 from muxtune.spec.bind import bind
