@@ -114,8 +114,6 @@ def restore_task(state: TaskState, tensors: dict[str, Tensor]) -> None:
     history = _history(tensors)
     state.losses, state.gradient_norms, state.scales = (history[n] for n in HISTORY[:3])
     state.skips = [int(step) for step in history["skips"]]
-    for adapter in state.adapters.values():
-        adapter.steps = state.steps  # what an adapter draws (dropout) is keyed by its step
     scale, good_steps = tensors["history/scale"].tolist()
     state.loss_scale, state.good_steps = scale, int(good_steps)
 
