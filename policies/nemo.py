@@ -35,7 +35,8 @@ class Nemo(Policy):
     """Each task is judged alone under every layout, then three arrangements of them all.
 
     In turn on the same devices: each task under its own best layout, or all under one. Side by side: one layout for all, on as
-    many disjoint groups of devices as fit, longest task first to the group that is free first. The grid is `state.choices`,
+    many disjoint groups of devices as fit, longest task first to the group that is free first. With
+    `sharing: corun` tasks on the same devices run at once, and all have one layout. The grid is `state.choices`,
     or every layout of the cluster with the state's micro-batch count: the state's own layout is not used.
     """
 
@@ -57,7 +58,8 @@ class Nemo(Policy):
         alone, evaluations = self._alone(state, choices)
         found: list[tuple[tuple[float, ...], int, int, str, Plan]] = []
         reason = ""
-        ranked = sorted(_arrangements(state, choices, alone), key=lambda a: (a.expected_ns, a.name))
+        at_once = self.config.sharing == "corun"
+        ranked = sorted(_arrangements(state, choices, alone, at_once), key=lambda a: (a.expected_ns, a.name))
         for index, arrangement in enumerate(ranked):
             plan = self._whole(state, arrangement)
             evaluations += 1
@@ -106,7 +108,8 @@ class Nemo(Policy):
             first = group * choice.layout.ranks
             devices = tuple(range(first, first + choice.layout.ranks))
             instances.append(replace(make_instance(chosen, task_id, [[task_id]], [[0]]), devices=devices))
-        return replace(make_plan(self, "nemo", state, instances), residency=self.config.residency)
+        plan = make_plan(self, "nemo", state, instances)
+        return replace(plan, residency=self.config.residency, sharing=self.config.sharing)
 
     def _none_alone(self, state: SystemState, choices: Sequence[LayoutChoice]) -> str:
         """Why a task cannot even run alone: the reason under the last choice, which has the most devices."""
@@ -119,20 +122,21 @@ class Nemo(Policy):
 
 
 def _arrangements(
-    state: SystemState, choices: Sequence[LayoutChoice], alone: Mapping[tuple[str, LayoutChoice], int]
+    state: SystemState, choices: Sequence[LayoutChoice], alone: Mapping[tuple[str, LayoutChoice], int], at_once: bool
 ) -> Iterator[_Arrangement]:
-    """In turn under each task's best layout, in turn under one layout, side by side under one layout."""
+    """In turn under each task's best layout, in turn (or at once) under one layout, side by side under one layout."""
     ids = sorted(t.task_id for t in state.workload.tasks)
-    if best := _best(ids, choices, alone):
+    if (best := _best(ids, choices, alone)) and not at_once:
         yield _packed("in turn, each task under its own best layout", best, alone, 1)
     for layout in dict.fromkeys(choice.layout for choice in choices):
         mine = [choice for choice in choices if choice.layout == layout]
         if not (best := _best(ids, mine, alone)):
             continue
-        yield _packed(f"in turn, {layout.name} for all", best, alone, 1)
+        yield _packed(f"{'at once' if at_once else 'in turn'}, {layout.name} for all", best, alone, 1)
         groups = min(_groups(state, layout), len(ids))
         if groups > 1:
-            yield _packed(f"{groups} side by side, {layout.name} for all", best, alone, groups)
+            shared = ", at once on each" if at_once and len(ids) > groups else ""
+            yield _packed(f"{groups} side by side{shared}, {layout.name} for all", best, alone, groups)
 
 
 def _groups(state: SystemState, layout: Layout) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+from muxtune.sim.corun import Beside, Load, clock_load, make_load
 from muxtune.sim.cost.base import Cost, CostModel, CostSum
 from muxtune.sim.ledger import Ledger
 from muxtune.sim.stage import Site, StageCache, StageRun, batch_shape
@@ -15,7 +17,17 @@ from muxtune.spec.memory import stage_context
 from muxtune.spec.noun import noun
 from muxtune.spec.ops import adamw, host, message
 from muxtune.spec.plan import Instance, Launch
-from muxtune.spec.program import Bound, Instruction, OpName, RankProgram, UnitKey
+from muxtune.spec.program import (
+    Bound,
+    ChannelKey,
+    Instruction,
+    OpName,
+    Program,
+    RankProgram,
+    UnitKey,
+    channel_of,
+    list_places,
+)
 
 #: Gradients and their norm are fp32.
 GRADIENT_BYTES = NORM_BYTES = 4
@@ -25,7 +37,7 @@ GRADIENT_BYTES = NORM_BYTES = 4
 class Priced:
     """One instruction. `duration_ns` leaves out waiting; send and recv name a `channel`, a step its `meeting`.
 
-    `joules` are its operators' energy above idle.
+    `joules` are its operators' energy above idle. `load` is there on a device that runs several lists at once.
     """
 
     op: OpName
@@ -34,20 +46,30 @@ class Priced:
     meeting: int = -1
     run: StageRun | None = None
     joules: float = 0.0
+    load: Load | None = None
 
 
 @noun
 class PricedRank:
-    """The instructions of one device, in order, and for each the place of its unit in the Program (−1 for a step)."""
+    """The instructions of one device as in the Program, and for each the place of its unit there (−1 for a step)."""
 
     rank: int
     instructions: tuple[Priced, ...]
     units: tuple[int, ...] = ()
+    starts: tuple[int, ...] = (0,)
+
+    @property
+    def lists(self) -> tuple[range, ...]:
+        """Places of the instructions of each list."""
+        return list_places(self.starts, len(self.instructions))
 
 
 @noun
 class Channel:
-    """A directed edge for one payload; `transfers_ns` has the link time of each message, in sending order."""
+    """A directed edge for one payload; `transfers_ns` has the link time of each message, in sending order.
+
+    Instances that run at once have one each, and share the edge.
+    """
 
     source: int
     target: int
@@ -59,7 +81,8 @@ class Channel:
 class PricedProgram:
     """What the pipeline engines run. `meetings` has the number of ranks of each step's rendezvous.
 
-    `host_bound_ns` and `exposed_ns` are summed over all instructions of all ranks, as are the costs.
+    `host_bound_ns` and `exposed_ns` are summed over all instructions of all ranks, as are the costs. `beside` says how lists
+    that run at once slow each other; None where there are none.
     """
 
     ranks: tuple[PricedRank, ...]
@@ -68,6 +91,7 @@ class PricedProgram:
     costs: CostSum = CostSum()
     host_bound_ns: int = 0
     exposed_ns: int = 0
+    beside: Beside | None = dataclasses.field(default=None, compare=False)
 
 
 #: For each rank, in Program order: (start, end) of each of its instructions in ns.
@@ -84,12 +108,13 @@ def price(bound: Bound, cost: CostModel, cache: StageCache) -> PricedProgram:
     return _Pricing(bound, cost, cache).run()
 
 
-def deadlock(priced: PricedProgram, done: Sequence[int]) -> PlanError:
-    """The error of a run that stopped with `done` instructions finished on each rank."""
+def deadlock(priced: PricedProgram, done: Sequence[Sequence[int]]) -> PlanError:
+    """The error of a run that stopped with so many instructions finished of each rank's lists."""
     waits = [
-        f"rank {listing.rank} at instruction {at} ({listing.instructions[at].op})"
-        for listing, at in zip(priced.ranks, done, strict=True)
-        if at < len(listing.instructions)
+        f"rank {listing.rank} at instruction {places[count]} ({listing.instructions[places[count]].op})"
+        for listing, counts in zip(priced.ranks, done, strict=True)
+        for places, count in zip(listing.lists, counts, strict=True)
+        if count < len(places)
     ]
     return PlanError(f"the order deadlocks: {', '.join(waits)} wait for ever")
 
@@ -112,21 +137,23 @@ class _Pricing:
         self.device = bound.plan.cluster.device
         self.units = {w.key: place for place, w in enumerate(bound.program.units)}
         self.launches = {(x.instance, x.bucket, x.stage, x.direction): x.launches for x in bound.program.launches}
-        self.channels: dict[tuple[int, int, str], int] = {}
+        self.at_once = self.program.at_once
+        self.channels: dict[ChannelKey, int] = {}
         self.transfers_ns: list[list[int]] = []
         self.meetings: dict[tuple[UnitKey, str | None], int] = {}
         self.meeting_ranks: list[int] = []
         self.sites: dict[tuple[int, int], tuple[Site, int]] = {}
         self.site_numbers: dict[tuple[int, Site], int] = {}
         self.known: dict[tuple[object, ...], _Known] = {}
+        self.loads: dict[Load, Load] = {}
         self.shapes = self._shapes()
 
     def run(self) -> PricedProgram:
-        _require_one_order(self.program.ranks)
+        _require_one_order(self.program)
         ranks = tuple(self._rank(x) for x in self.program.ranks)
         channels = tuple(
             Channel(source=source, target=target, payload=payload, transfers_ns=tuple(self.transfers_ns[index]))  # type: ignore[arg-type]
-            for (source, target, payload), index in self.channels.items()
+            for (source, target, payload, _), index in self.channels.items()
         )
         ledger = Ledger()
         for known in self.known.values():
@@ -142,6 +169,7 @@ class _Pricing:
             costs=ledger.sum(),
             host_bound_ns=sum(times * run.host_bound_ns for run, times in runs),
             exposed_ns=sum(times * run.exposed_ns for run, times in runs),
+            beside=Beside(self.cost, self.device) if self.at_once else None,
         )
 
     def _shapes(self) -> list[int]:
@@ -168,7 +196,7 @@ class _Pricing:
             found.times += 1
             priced.append(found.priced)
             units.append(unit)
-        return PricedRank(rank=rank, instructions=tuple(priced), units=tuple(units))
+        return PricedRank(rank=rank, instructions=tuple(priced), units=tuple(units), starts=listing.starts)
 
     def _clock(self, rank: int, x: Instruction, unit: int) -> _Known:
         """A forward or backward: the instruction's own host work, then the stage's clock."""
@@ -177,16 +205,21 @@ class _Pricing:
         if place not in self.known:
             assert x.op in ("forward", "backward")
             batches = self.program.units[unit].batches
-            run = self.cache.run(site, batches, x.op, self._launches(x, site.context.stage))
+            launches = self._launches(x, site.context.stage)
+            run = self.cache.run(site, batches, x.op, launches)
             overhead = self.cost.latency(host("instruction", x.op), self.device)
             duration_ns = overhead.p50_ns + overhead.host_ns + run.duration_ns
-            priced = Priced(op=x.op, duration_ns=duration_ns, run=run, joules=overhead.joules + run.costs.joules)
+            load = (
+                self._same(clock_load(self.cost, site, duration_ns, batches, x.op, launches)) if self.at_once else None
+            )
+            joules = overhead.joules + run.costs.joules
+            priced = Priced(op=x.op, duration_ns=duration_ns, run=run, joules=joules, load=load)
             self.known[place] = _Known(priced, [("instruction", overhead)])
         return self.known[place]
 
     def _transfer(self, rank: int, x: Instruction) -> _Known:
         """A send or recv: host work on the rank; the send also prices the message on its link."""
-        place = (x.op, rank, x.peer, x.payload, x.size_bytes)
+        place = (x.op, channel_of(rank, x, self.at_once), x.size_bytes)
         if place not in self.known:
             self.known[place] = self._first_transfer(rank, x)
         found = self.known[place]
@@ -196,9 +229,7 @@ class _Pricing:
 
     def _first_transfer(self, rank: int, x: Instruction) -> _Known:
         assert x.peer is not None
-        assert x.payload is not None
-        edge = (rank, x.peer, x.payload) if x.op == "send" else (x.peer, rank, x.payload)
-        channel = self.channels.setdefault(edge, len(self.channels))
+        channel = self.channels.setdefault(channel_of(rank, x, self.at_once), len(self.channels))
         if channel == len(self.transfers_ns):
             self.transfers_ns.append([])
         handed = self.cost.latency(message(x.op, x.size_bytes), self.device)
@@ -215,7 +246,8 @@ class _Pricing:
         instance = self.plan.instances[x.key.instance]
         context = self._site(rank, x.key.instance)[0].context
         parameters, tensors = adapter_sizes(context, x.task)
-        own = self.cost.latency(adamw(parameters, tensors), self.device)
+        op = adamw(parameters, tensors)
+        own = self.cost.latency(op, self.device)
         layout, here = instance.layout, instance.devices.index(rank)
         replicated = replicated_parameters(context, x.task)
         sums = self._sums(instance, replicated * GRADIENT_BYTES, layout.stage_peers(here))
@@ -229,9 +261,14 @@ class _Pricing:
             self.meeting_ranks.append(0)
         self.meeting_ranks[meeting] += 1
         duration_ns = alone_ns(own, self.device) + sum(each.p50_ns for each in sums)
-        priced = Priced(op="step", duration_ns=duration_ns, meeting=meeting, joules=own.joules)
+        load = self._same(make_load(duration_ns, [(op, own.p50_ns)])) if self.at_once else None
+        priced = Priced(op="step", duration_ns=duration_ns, meeting=meeting, joules=own.joules, load=load)
         parts = [("adamw", own), *(("all_reduce", each) for each in sums)]
         return self.known.setdefault(("step", rank, x.key, x.task), _Known(priced, parts))
+
+    def _same(self, load: Load) -> Load:
+        """The one object of all equal loads: neighbours are told apart by it."""
+        return self.loads.setdefault(load, load)
 
     def _sums(self, instance: Instance, size_bytes: int, group: Sequence[int]) -> list[Cost]:
         """An all-reduce over some ranks of an instance; nothing for one rank or no bytes."""
@@ -267,16 +304,15 @@ def alone_ns(cost: Cost, device: DeviceSpec) -> int:
     return cost.p50_ns + cost.host_ns if device.is_cpu else max(cost.p50_ns, cost.host_ns)
 
 
-def _require_one_order(ranks: Sequence[RankProgram]) -> None:
+def _require_one_order(program: Program) -> None:
     """Channels are FIFO: both ends must name the same messages in the same order."""
-    tags: dict[tuple[int, int, str], dict[str, list[int | None]]] = {}
-    for listing in ranks:
+    tags: dict[ChannelKey, dict[str, list[int | None]]] = {}
+    for listing in program.ranks:
         for x in listing.instructions:
             if x.op in ("send", "recv"):
-                assert x.peer is not None
-                edge = (listing.rank, x.peer) if x.op == "send" else (x.peer, listing.rank)
-                tags.setdefault((*edge, str(x.payload)), {"send": [], "recv": []})[x.op].append(x.tag)
-    for (source, target, payload), ends in tags.items():
+                ends = tags.setdefault(channel_of(listing.rank, x, program.at_once), {"send": [], "recv": []})
+                ends[x.op].append(x.tag)
+    for (source, target, payload, _), ends in tags.items():
         if ends["send"] != ends["recv"]:
             raise PlanError(
                 f"channel {source}→{target} ({payload}): messages are not received in the order they are sent"

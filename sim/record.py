@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain, pairwise, repeat
 from typing import Any
 
+from muxtune.sim.at_once import in_time_order, power_of_lists, stretched, work_begins
 from muxtune.sim.priced import PricedProgram, PricedRank, RunTimes
 from muxtune.sim.stage import StageRun, Way
 from muxtune.spec.catalogue import stage_subgraphs
@@ -83,11 +84,17 @@ class _Recorder:
             starts_ns.append(start_ns)
             ends_ns.append(end_ns)
             if run is not None:
-                # The instruction's own host work comes before its clock.
-                base_ns, of = end_ns - run.duration_ns, self.htask_tasks[unit]
+                of = self.htask_tasks[unit]
                 tasks += [of[h] for h in shape.htasks]
-                starts_ns += [base_ns + ns for ns in shape.starts_ns]
-                ends_ns += [base_ns + ns for ns in shape.ends_ns]
+                # The instruction's own host work comes before its clock.
+                base_ns = end_ns - run.duration_ns
+                if end_ns - start_ns == cost.duration_ns:
+                    starts_ns += [base_ns + ns for ns in shape.starts_ns]
+                    ends_ns += [base_ns + ns for ns in shape.ends_ns]
+                else:
+                    first_ns, moment = cost.duration_ns - run.duration_ns, (start_ns, end_ns)
+                    starts_ns += [stretched(first_ns + ns, cost, moment) for ns in shape.starts_ns]
+                    ends_ns += [stretched(first_ns + ns, cost, moment) for ns in shape.ends_ns]
         counts = [len(shape.subgraph) for shape in shapes]
         shared = {name: _joined(getattr(shape, name) for shape in shapes) for name in SHARED}
         own = {
@@ -135,9 +142,15 @@ def memory_samples(bound: Bound, place: int, times: RunTimes) -> list[MemorySamp
     listing = bound.program.ranks[place]
     walk = MemoryWalk(bound, listing.rank)
     at_ns, in_use = [0], [walk.static_bytes]
-    for x, moment in zip(listing.instructions, times[place], strict=True):
-        at_ns += moment
-        in_use += walk.step(x)
+    if len(listing.starts) > 1:
+        for time_ns, index, begins in in_time_order(times[place]):
+            (walk.begin if begins else walk.end)(listing.instructions[index])
+            at_ns.append(time_ns)
+            in_use.append(walk.in_use())
+    else:
+        for x, moment in zip(listing.instructions, times[place], strict=True):
+            at_ns += moment
+            in_use += walk.step(x)
     changes = [0, *(i + 1 for i, (before, after) in enumerate(pairwise(in_use)) if before != after)]
     return nouns(
         MemorySample,
@@ -156,7 +169,12 @@ def power_samples(priced: PricedProgram, times: RunTimes, idle_w: float) -> tupl
     if priced.costs.joules <= 0:
         return ()
     samples: list[PowerSample] = []
-    for listing, moments in zip(priced.ranks, times, strict=True):
+    begins_ns = work_begins(priced, times) if priced.beside else ()
+    for place, (listing, moments) in enumerate(zip(priced.ranks, times, strict=True)):
+        if len(listing.starts) > 1:
+            for time_ns, watts in power_of_lists(listing, begins_ns[place], moments, idle_w):
+                samples.append(PowerSample(rank=listing.rank, time_ns=time_ns, watts=watts))
+            continue
         now = [(0, idle_w)]
         for cost, (_, end_ns) in zip(listing.instructions, moments, strict=True):
             if cost.joules and cost.duration_ns:

@@ -68,17 +68,18 @@ class _StageRecurrence:
 
 
 def recur(priced: PricedProgram) -> RunTimes:
-    """Start and end of every instruction.
+    """Start and end of every instruction. Lists that run at once slow each other: only the SimPy engine has those.
 
     Raises:
         PlanError: the instructions wait for each other in a cycle.
     """
+    assert priced.beside is None
     state = _Recurrence(priced)
     while state.sweep():
         pass
     done = [len(times) for times in state.times]
     if done != [len(x.instructions) for x in priced.ranks]:
-        raise deadlock(priced, done)
+        raise deadlock(priced, [[count] for count in done])
     return tuple(tuple(times) for times in state.times)
 
 

@@ -12,7 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from muxtune.sim.cost.base import CostModel
+from muxtune.sim.at_once import Lost, lost
+from muxtune.sim.cost.base import Cost, CostModel
 from muxtune.sim.ledger import Ledger
 from muxtune.sim.pipeline import run_pipeline
 from muxtune.sim.priced import PricedProgram, price
@@ -30,7 +31,7 @@ from muxtune.spec.metrics import TaskPace, bubble_fraction, task_paces
 from muxtune.spec.noun import noun
 from muxtune.spec.plan import Plan
 from muxtune.spec.program import Bound
-from muxtune.spec.stalls import BUSY, Clocks, fractions, rank_times
+from muxtune.spec.stalls import BUSY, EXPOSED, HOST, Clocks, fractions, rank_times
 from muxtune.spec.timeline import Timeline
 from muxtune.spec.units import NS_PER_S
 
@@ -57,6 +58,7 @@ class _Run:
     priced: PricedProgram
     timeline: Timeline
     peak_bytes: tuple[int, ...]
+    lost: Lost = Lost()
 
 
 @contextmanager
@@ -87,7 +89,8 @@ def simulate(bound: Bound, cost: CostModel, cache: StageCache | None = None) -> 
     timeline = record(bound, priced, times)
     assert timeline.peak_bytes is not None
     outlined = replace(timeline, spans=tuple(s for s in timeline.spans if s.subgraph < 0))
-    found = _summary([_Run(bound=bound, priced=priced, timeline=outlined, peak_bytes=timeline.peak_bytes)], cost)
+    run = _Run(bound=bound, priced=priced, timeline=outlined, peak_bytes=timeline.peak_bytes, lost=lost(priced, times))
+    found = _summary([run], cost)
     clocks = sum(x.run is not None for listing in priced.ranks for x in listing.instructions)
     simulated = shared.simulated - before
     return Simulation(
@@ -123,9 +126,10 @@ def estimate(
     for draw in range(draws if varlen else 1):
         bound = bind(plan, seed=seed, steps=whole, first_step=draw * whole)
         priced = price(bound, cost, shared)
-        timeline = outline(bound, priced, recur(priced))
+        times = run_pipeline(priced)[0] if priced.beside else recur(priced)
+        timeline = outline(bound, priced, times)
         peaks = tuple(p.peak_bytes for p in rank_peaks(bound))
-        runs.append(_Run(bound=bound, priced=priced, timeline=timeline, peak_bytes=peaks))
+        runs.append(_Run(bound=bound, priced=priced, timeline=timeline, peak_bytes=peaks, lost=lost(priced, times)))
     return _summary(runs, cost)
 
 
@@ -152,9 +156,15 @@ def _summary(runs: Sequence[_Run], cost: CostModel) -> Estimate:
     ledger = Ledger()
     for run in runs:
         ledger.add_sum(run.priced.costs)
+        if not run.lost.slowed_ns:
+            continue
+        slowing = Cost(p50_ns=run.lost.slowed_ns, relative_error=_share(run.lost.error_ns, run.lost.slowed_ns))
+        ledger.add("interference", replace(slowing, p50_ns=slowing.p50_ns - run.lost.default_ns))
+        ledger.add("interference", replace(slowing, p50_ns=run.lost.default_ns, extrapolated=cost.calibrated))
     costs = ledger.sum()
     raw, billed, processed, truncated = (round(statistics.fmean(n)) for n in zip(*map(_tokens, runs), strict=True))
-    shares = fractions(t for r in runs for t in rank_times(r.timeline, _clocks(r.priced)))
+    at_once = any(r.priced.beside for r in runs)
+    shares = fractions(t for r in runs for t in rank_times(r.timeline, _clocks(r.priced, r.timeline)))
     energy = _energy_j(runs, costs.joules)
     return Estimate(
         iteration_ns=round(mean_ns),
@@ -167,8 +177,9 @@ def _summary(runs: Sequence[_Run], cost: CostModel) -> Estimate:
         processed_tokens=processed,
         truncated_tokens=truncated,
         bubble_fraction=statistics.fmean(bubble_fraction(t) for t in timelines),
-        exposed_comm_fraction=sum(r.priced.exposed_ns for r in runs) / device_ns,
-        host_bound_fraction=sum(r.priced.host_bound_ns for r in runs) / device_ns,
+        # Under one list a clock's own figures hold; of lists that run at once one computes while the other waits.
+        exposed_comm_fraction=shares[EXPOSED][1] if at_once else sum(r.priced.exposed_ns for r in runs) / device_ns,
+        host_bound_fraction=shares[HOST][1] if at_once else sum(r.priced.host_bound_ns for r in runs) / device_ns,
         extrapolated_fraction=costs.extrapolated_ns / costs.p50_ns if costs.p50_ns else 0.0,
         relative_error=costs.relative_error,
         energy_j=None if energy is None else sum(energy),
@@ -180,11 +191,24 @@ def _summary(runs: Sequence[_Run], cost: CostModel) -> Estimate:
         stalls=tuple(Share(cause=cause, fraction=fraction) for cause, fraction in shares),
         energy_idle_j=None if energy is None else energy[0],
         energy_dynamic_j=None if energy is None else energy[1],
+        corun_slowed_fraction=sum(r.lost.slowed_ns for r in runs) / device_ns if at_once else None,
+        corun_default_fraction=_share(
+            *map(sum, zip(*((r.lost.default_ns, r.lost.slowed_ns) for r in runs), strict=True))
+        )
+        if at_once
+        else None,
     )
 
 
-def _clocks(priced: PricedProgram) -> Clocks:
-    """Compute and exposed communication inside every forward and backward; equal clocks are one run."""
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _clocks(priced: PricedProgram, timeline: Timeline) -> Clocks:
+    """Compute and exposed communication inside every forward and backward; equal clocks are one run.
+
+    What a clock lost to others on its device is time in which it computes.
+    """
     known: dict[int, tuple[int, int]] = {}
     found: dict[tuple[int, int], tuple[int, int]] = {}
     for listing in priced.ranks:
@@ -193,6 +217,12 @@ def _clocks(priced: PricedProgram) -> Clocks:
                 if id(x.run) not in known:
                     known[id(x.run)] = (x.run.compute_ns, x.run.exposed_ns)
                 found[listing.rank, index] = known[id(x.run)]
+    if priced.beside:
+        alone_ns = {(p.rank, i): x.duration_ns for p in priced.ranks for i, x in enumerate(p.instructions)}
+        for span in timeline.spans:
+            if (place := (span.rank, span.index)) in found:
+                compute_ns, exposed_ns = found[place]
+                found[place] = (compute_ns + span.duration_ns - alone_ns[place], exposed_ns)
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from muxtune.sim.cost.base import Cost, CostModel, CostSum, comm_load, priced_groups, prices
+from muxtune.sim.cost.base import Cost, CostModel, CostSum, comm_load, leaders, priced_groups, prices
 from muxtune.sim.ledger import Ledger
 from muxtune.sim.streams import Block, StageEngine, StageSpan, exposed_ns, run_blocks
 from muxtune.spec.align import Batch
@@ -92,6 +92,18 @@ def stage_run(
         events=events,
         slowed_ns=sum(s.slowed_ns for s in spans),
     )
+
+
+def clock_calls(
+    cost: CostModel, site: Site, batches: Sequence[Batch], way: Way, launches: Sequence[Launch]
+) -> Iterator[tuple[Op, int]]:
+    """(operator, device time alone) of every call of a clock in launch order; a group of adapters goes by its first."""
+    groups = {b.htask: priced_groups(cost, site.context, b, way) for b in batches}
+    for launch in launches:
+        if launch.htask in groups:
+            ops, fuse = groups[launch.htask][launch.subgraph], launch.htask not in site.unfused
+            priced = prices(cost, site.device, ops, link=site.link, fuse_adapters=fuse)
+            yield from ((op, price.p50_ns) for op, (_, price) in zip(leaders(ops, fuse), priced, strict=True))
 
 
 class _Kind:

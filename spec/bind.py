@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, chain
 
 from muxtune.spec.align import Batch, Row
 from muxtune.spec.catalogue import stage_subgraphs
@@ -31,7 +32,9 @@ def bind_draw(plan: Plan, draw: Draw, first_step: int = 0) -> Bound:
             number of chunks than its packs have.
     """
     units: list[UnitWork] = []
-    lists: dict[int, list[Instruction]] = {device: [] for i in plan.instances for device in i.devices}
+    # Instances that run at once have a list each on their devices, all others share one.
+    lanes = [index if plan.sharing == "corun" else 0 for index in range(len(plan.instances))]
+    lists: dict[int, dict[int, list[Instruction]]] = {device: {} for i in plan.instances for device in i.devices}
     tags = _Tags()
     for instance in plan.instances:
         if draw.steps % instance.steps:
@@ -47,16 +50,22 @@ def bind_draw(plan: Plan, draw: Draw, first_step: int = 0) -> Bound:
             }
             units += works.values()
             for rank, device in enumerate(instance.devices):
-                lists[device] += _rank_instructions(plan, index, rank, step, works, tags)
+                mine = lists[device].setdefault(lanes[index], [])
+                mine += _rank_instructions(plan, index, rank, step, works, tags)
     program = Program(
         plan_digest=plan.decision_digest(),
         seed=draw.seed,
         steps=draw.steps,
-        ranks=tuple(RankProgram(rank=device, instructions=tuple(lists[device])) for device in sorted(lists)),
+        ranks=tuple(_rank_program(device, list(lists[device].values())) for device in sorted(lists)),
         units=tuple(units),
         launches=tuple(_all_launches(plan)),
     )
     return Bound(plan=plan, program=program)
+
+
+def _rank_program(device: int, lists: Sequence[Sequence[Instruction]]) -> RankProgram:
+    starts = tuple(accumulate(map(len, lists[:-1]), initial=0))
+    return RankProgram(rank=device, instructions=tuple(chain.from_iterable(lists)), starts=starts)
 
 
 def stage_orders(instance: Instance, replica: int = 0) -> tuple[StageOrder, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from itertools import combinations
 
 from muxtune.spec.bind import bind
 from muxtune.spec.catalogue import stage_subgraphs
@@ -12,13 +13,14 @@ from muxtune.spec.check_order import check_orders
 from muxtune.spec.errors import PlanError
 from muxtune.spec.memory import moment_text, rank_peaks
 from muxtune.spec.plan import Instance, Plan, unit_chunks
-from muxtune.spec.program import Bound, Instruction, Program
+from muxtune.spec.program import Bound, ChannelKey, Program, channel_of
 from muxtune.spec.units import format_bytes
+from muxtune.spec.waits import deadlock_text
 
 
 def check(plan: Plan, seed: int = 0) -> tuple[str, ...]:
     """All problems of a plan, worst kind first: structure, then (if that is sound) order, channels and memory of its Program."""
-    problems = [*_tasks(plan), *_names(plan), *(p for i in plan.instances for p in _instance(plan, i))]
+    problems = [*_tasks(plan), *_names(plan), *(p for i in plan.instances for p in _instance(plan, i)), *_sharing(plan)]
     if problems:
         return tuple(problems)
     bound = bind(plan, seed=seed, steps=math.lcm(*(i.steps for i in plan.instances)))
@@ -42,6 +44,21 @@ def _names(plan: Plan) -> Iterator[str]:
     for instance in plan.instances:
         if not instance.tasks:
             yield f"instance {instance.name} has no tasks: give it some or leave it out"
+
+
+def _sharing(plan: Plan) -> Iterator[str]:
+    """Instances that run at once keep their backbones, and those on one device are on the same ones, sharded alike."""
+    if plan.sharing != "corun":
+        return
+    if plan.residency == "swapped":
+        yield "sharing `corun` with residency `swapped`: instances that run at once keep their backbones; use `resident`"
+    for a, b in combinations(plan.instances, 2):
+        common = sorted(set(a.devices) & set(b.devices))
+        if common and (a.devices, a.layout.tp) != (b.devices, b.layout.tp):
+            yield (
+                f"instances {a.name} and {b.name} run at once on device {common[0]}, with devices {list(a.devices)} at "
+                f"tp={a.layout.tp} and {list(b.devices)} at tp={b.layout.tp}: give both the same, or use sharing `sequence`"
+            )
 
 
 def _tasks(plan: Plan) -> Iterator[str]:
@@ -178,51 +195,21 @@ def check_program(program: Program) -> tuple[str, ...]:
 
 def _channel_order(program: Program) -> Iterator[str]:
     """Channels are FIFO: the messages of one edge and payload must be sent and received in one order."""
-    orders: dict[tuple[int, int, str], dict[str, list[int]]] = {}
+    orders: dict[ChannelKey, dict[str, list[int]]] = {}
     for listing in program.ranks:
         for x in listing.instructions:
             if x.op in ("send", "recv"):
-                assert x.peer is not None
-                edge = (listing.rank, x.peer) if x.op == "send" else (x.peer, listing.rank)
-                orders.setdefault((*edge, str(x.payload)), {"send": [], "recv": []})[x.op].append(x.tag or 0)
-    for (source, target, payload), both in sorted(orders.items()):
+                channel = channel_of(listing.rank, x, program.at_once)
+                orders.setdefault(channel, {"send": [], "recv": []})[x.op].append(x.tag or 0)
+    for (source, target, payload, _), both in sorted(orders.items()):
         if both["send"] != both["recv"]:
             yield f"channel {source}→{target} ({payload}): messages are sent in another order than they are received"
 
 
 def _cycle(program: Program) -> Iterator[str]:
-    """Run the instruction lists with nothing but their dependencies; what cannot finish waits in a cycle, which is named."""
-    position = {listing.rank: 0 for listing in program.ranks}
-    lists = {listing.rank: listing.instructions for listing in program.ranks}
-    meetings: dict[Instruction, list[tuple[int, int]]] = {}
-    for rank, instructions in lists.items():
-        for index, x in enumerate(instructions):
-            if x.op == "step":
-                meetings.setdefault(x, []).append((rank, index))
-    sent: set[int] = set()
-    moved = True
-    while moved:
-        moved = False
-        for rank, instructions in lists.items():
-            while position[rank] < len(instructions):
-                x = instructions[position[rank]]
-                if x.op == "recv" and x.tag not in sent:
-                    break
-                # A step is a meeting of the instance's ranks (the gradient norm is summed): all must have reached it.
-                if x.op == "step" and any(position[other] < index for other, index in meetings[x]):
-                    break
-                if x.op == "send":
-                    assert x.tag is not None
-                    sent.add(x.tag)
-                position[rank] += 1
-                moved = True
-    stuck = {r: lists[r][p] for r, p in position.items() if p < len(lists[r])}
-    if stuck:
-        waits = ", ".join(
-            f"rank {r} waits at instruction {position[r]} ({x.op} {x.payload or x.task} of {x.key.bucket}.{x.key.unit})"
-            for r, x in stuck.items()
-        )
-        yield f"the order deadlocks: {waits}"
+    text = deadlock_text(program)
+    if text:
+        yield text
 
 
 def check_memory(bound: Bound) -> tuple[str, ...]:

@@ -40,7 +40,9 @@ class Estimate:
     `utilisation` is the share in which a rank computes (forward, backward, step); `stalls` adds up to 1 and has it in
     its parts. `mfu` is useful flops (spec/flops.py) at raw lengths over the peak of the backbone's dtype: padding is not
     useful. `mfu_billed` counts billed lengths (the paper's effective tokens), and may pass 1 where less than these is
-    computed. `energy_j` = idle + dynamic energy of one iteration on the ranks that the plan uses; links take none. None:
+    computed. `corun_slowed_fraction` is the time that instances that run at once on a device take from each other (of lists
+    that overlap it may pass 1), `corun_default_fraction` the part of it that rests on the cost model's stated default and not
+    on measured pairs. `energy_j` = idle + dynamic energy of one iteration on the ranks that the plan uses; links take none. None:
     not known (no energy figures, or a plan file from before the field).
     """
 
@@ -67,6 +69,8 @@ class Estimate:
     stalls: tuple[Share, ...] = ()
     energy_idle_j: float | None = None
     energy_dynamic_j: float | None = None
+    corun_slowed_fraction: float | None = None
+    corun_default_fraction: float | None = None
 
     @property
     def joules_per_billed_token(self) -> float | None:

@@ -71,6 +71,15 @@ class Footprint:
         names = (f.name for f in dataclasses.fields(self))
         return tuple((name.removesuffix("_bytes"), getattr(self, name)) for name in names)
 
+    def plus(self, other: Footprint, sign: int = 1) -> Footprint:
+        """Kind by kind."""
+        mine, others = self.by_kind(), other.by_kind()
+        return Footprint(**{f"{k}_bytes": a + sign * b for (k, a), (_, b) in zip(mine, others, strict=True)})
+
+    def minus(self, other: Footprint) -> Footprint:
+        """Kind by kind."""
+        return self.plus(other, -1)
+
     def sentence(self) -> str:
         """The kinds that hold anything: `weights 13.5 GiB, activations 2.10 GiB`."""
         shown = (f"{kind.replace('_', ' ')} {format_bytes(n)}" for kind, n in self.by_kind() if n)

@@ -14,7 +14,7 @@ from muxtune.spec.cluster import DeviceSpec
 from muxtune.spec.footprint import Amount, Footprint, Tensors, amount
 from muxtune.spec.noun import noun
 from muxtune.spec.plan import Plan
-from muxtune.spec.program import Bound, Instruction, RankProgram, UnitKey, UnitWork
+from muxtune.spec.program import Bound, Instruction, RankProgram, UnitKey, UnitWork, instruction_text
 from muxtune.spec.tensors import (
     ADAPTER_KINDS,
     again_tensors,
@@ -27,13 +27,17 @@ from muxtune.spec.tensors import (
 
 @noun
 class RankPeak:
-    """Peak of one rank: the bytes, what they are made of, the instruction that first reaches them (-1: before any)."""
+    """Peak of one rank: the bytes, what they are made of, the instruction that first reaches them (-1: before any).
+
+    Of `lists` that run at once the peaks are added up, an upper bound; `instruction` is then that of the highest.
+    """
 
     rank: int
     peak_bytes: int
     static_bytes: int
     instruction: int
     footprint: Footprint
+    lists: int = 1
 
 
 def stage_context(plan: Plan, instance: int, stage: int) -> StageContext:
@@ -233,16 +237,32 @@ def rank_peaks(bound: Bound) -> tuple[RankPeak, ...]:
 
 
 def _rank_peak(bound: Bound, listing: RankProgram) -> RankPeak:
-    walk = MemoryWalk(bound, listing.rank)
+    """Lists that run at once may all be at their peaks at one moment: their bytes add up."""
+    static = static_footprint(bound.plan, listing.rank)
+    peaks = [_list_peak(MemoryWalk(bound, listing.rank), listing, places) for places in listing.lists]
+    highest = max(peaks, key=lambda p: p[0])
+    footprint = static
+    for _, _, found in peaks:
+        footprint = footprint.plus(found).minus(static)
+    return RankPeak(
+        rank=listing.rank,
+        peak_bytes=footprint.total_bytes,
+        static_bytes=static.total_bytes,
+        instruction=highest[1],
+        footprint=footprint,
+        lists=len(peaks),
+    )
+
+
+def _list_peak(walk: MemoryWalk, listing: RankProgram, places: range) -> tuple[int, int, Footprint]:
+    """(peak, the instruction that first reaches it, what it is made of) with one of a rank's lists alone."""
     peak_bytes, at, footprint = walk.static_bytes, -1, walk.static
-    for index, instruction in enumerate(listing.instructions):
-        walk.begin(instruction)
+    for index in places:
+        walk.begin(listing.instructions[index])
         if walk.in_use() > peak_bytes:
             peak_bytes, at, footprint = walk.in_use(), index, walk.footprint()
-        walk.end(instruction)
-    return RankPeak(
-        rank=listing.rank, peak_bytes=peak_bytes, static_bytes=walk.static_bytes, instruction=at, footprint=footprint
-    )
+        walk.end(listing.instructions[index])
+    return peak_bytes, at, footprint
 
 
 def moment_text(bound: Bound, peak: RankPeak) -> str:
@@ -250,6 +270,5 @@ def moment_text(bound: Bound, peak: RankPeak) -> str:
     if peak.instruction < 0:
         return "before the first instruction"
     listing = next(x for x in bound.program.ranks if x.rank == peak.rank)
-    x = listing.instructions[peak.instruction]
-    chunk = f" chunk {x.key.chunk}" if x.key.chunk else ""
-    return f"during {x.op} of bucket {x.key.bucket} unit {x.key.unit}{chunk}"
+    text = f"during {instruction_text(listing.instructions[peak.instruction])}, instruction {peak.instruction}"
+    return text + (f", all {peak.lists} instances that run at once at their peaks" if peak.lists > 1 else "")

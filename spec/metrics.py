@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from muxtune.spec.intervals import length, overlap, union
 from muxtune.spec.noun import noun
 from muxtune.spec.plan import Instance
-from muxtune.spec.stalls import StepBegins, step_begin_ns
+from muxtune.spec.stalls import WORK, StepBegins, step_begin_ns
 from muxtune.spec.timeline import Span, Timeline
 
-#: Ops that are work of the device itself; waiting in a recv is not.
-BUSY_OPS = ("forward", "backward", "step")
+#: Waiting in a recv is no work.
+BUSY_OPS = WORK
 
 
 def busy_ns(timeline: Timeline, rank: int) -> int:
     """Time in which a rank runs a forward, a backward or a step; what a step waits for other ranks is left out."""
     begin_ns = step_begin_ns(timeline.spans)
-    return sum(_busy_ns(s, begin_ns) for s in timeline.instruction_spans(rank))
+    return _busy_ns(timeline.instruction_spans(rank), begin_ns)
 
 
 def bubble_fraction(timeline: Timeline) -> float:
     """Share of device-time outside forwards, backwards and steps: 1 − busy / (ranks · makespan)."""
     begin_ns = step_begin_ns(timeline.spans)
-    busy = sum(_busy_ns(s, begin_ns) for s in timeline.spans if s.subgraph < 0)
-    total = len(timeline.ranks) * timeline.makespan_ns
+    ranks: dict[int, list[Span]] = {}
+    for span in timeline.spans:
+        if span.subgraph < 0:
+            ranks.setdefault(span.rank, []).append(span)
+    busy = sum(_busy_ns(spans, begin_ns) for spans in ranks.values())
+    total = len(ranks) * timeline.makespan_ns
     return max(0.0, 1.0 - busy / total) if total else 0.0
 
 
-def _busy_ns(span: Span, begin_ns: StepBegins) -> int:
-    if span.op not in BUSY_OPS:
-        return 0
-    start_ns = begin_ns[span.key, span.tasks] if span.op == "step" else span.start_ns
-    return max(0, span.end_ns - start_ns)
+def _busy_ns(spans: Iterable[Span], begin_ns: StepBegins) -> int:
+    """Time of one rank's instructions that are work; instances that run at once count once."""
+    work = ((begin_ns[s.key, s.tasks] if s.op == "step" else s.start_ns, s.end_ns) for s in spans if s.op in BUSY_OPS)
+    return length(union((start_ns, end_ns) for start_ns, end_ns in work if end_ns > start_ns))
 
 
 def exposed_comm_fraction(timeline: Timeline) -> float:

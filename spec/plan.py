@@ -19,6 +19,8 @@ PLAN_VERSION = 1
 COMM_CTAS = 8
 
 OrderKey = tuple[int, int]
+Sharing = Literal["sequence", "corun"]
+Residency = Literal["resident", "swapped"]
 
 
 @noun
@@ -245,16 +247,16 @@ class Plan:
     """A versioned decision for a workload on a cluster.
 
     Instances that share devices run one after the other (`sharing: sequence`), each with its own resident backbone
-    (`residency: resident`) or swapped in (`swapped`: one backbone at a time in memory, the swap itself not timed).
-    Instances on disjoint devices run in parallel.
+    (`residency: resident`) or swapped in (`swapped`: one backbone at a time in memory, the swap itself not timed); or all
+    at once (`corun`), every one on its own streams, resident. Instances on disjoint devices run in parallel.
     """
 
     version: int = PLAN_VERSION
     workload: Workload
     cluster: Cluster
     instances: tuple[Instance, ...]
-    sharing: Literal["sequence"] = "sequence"
-    residency: Literal["resident", "swapped"] = "resident"
+    sharing: Sharing = "sequence"
+    residency: Residency = "resident"
     made_by: MadeBy = MadeBy(policy="hand")
     predicted: Estimate | None = None
     provenance: Provenance = Provenance()

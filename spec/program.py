@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise, starmap
 from typing import Literal
 
 from muxtune.spec.align import Batch
@@ -39,6 +41,14 @@ class Instruction:
     size_bytes: int = 0
 
 
+def instruction_text(x: Instruction) -> str:
+    """For people: `recv gradient of bucket 0 unit 3 chunk 1`, `step of task a`."""
+    if x.op == "step":
+        return f"step of task {x.task}"
+    chunk = f" chunk {x.key.chunk}" if x.key.chunk else ""
+    return f"{x.op} {x.payload + ' ' if x.payload else ''}of bucket {x.key.bucket} unit {x.key.unit}{chunk}"
+
+
 @noun
 class UnitWork:
     """The batches of a unit (of one chunk of it), one an hTask of its bucket; hTasks without rows in it are left out."""
@@ -68,12 +78,26 @@ class StageLaunches:
     launches: tuple[Launch, ...]
 
 
+def list_places(starts: Sequence[int], instructions: int) -> tuple[range, ...]:
+    """Places in each of the lists of a rank that begin at `starts`."""
+    return tuple(starmap(range, pairwise((*starts, instructions))))
+
+
 @noun
 class RankProgram:
-    """Instructions of one device, in order."""
+    """Instructions of one device: one list, or, where instances run at once, the list of each of them, one behind the other.
+
+    `starts` has the place of each list's first instruction. A list runs in order; lists run at once.
+    """
 
     rank: int
     instructions: tuple[Instruction, ...]
+    starts: tuple[int, ...] = (0,)
+
+    @property
+    def lists(self) -> tuple[range, ...]:
+        """Places of the instructions of each list."""
+        return list_places(self.starts, len(self.instructions))
 
 
 @noun
@@ -87,9 +111,25 @@ class Program:
     units: tuple[UnitWork, ...]
     launches: tuple[StageLaunches, ...]
 
+    @property
+    def at_once(self) -> bool:
+        """Whether some device runs several lists at once; each instance then has channels of its own."""
+        return any(len(listing.starts) > 1 for listing in self.ranks)
+
     def digest(self) -> str:
         """Stands in the predicted and in the measured Timeline."""
         return digest(self)
+
+
+#: A FIFO of messages: (source rank, target rank, payload, instance; −1 where instances share it).
+ChannelKey = tuple[int, int, str, int]
+
+
+def channel_of(rank: int, x: Instruction, at_once: bool) -> ChannelKey:
+    """The channel of a rank's send or recv; `at_once`: instances that run at once do not share theirs."""
+    assert x.peer is not None
+    source, target = (rank, x.peer) if x.op == "send" else (x.peer, rank)
+    return source, target, str(x.payload), x.key.instance if at_once else -1
 
 
 @noun

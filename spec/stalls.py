@@ -5,7 +5,8 @@ compute + exposed collective + p2p wait + bubble + host wait + optimizer step + 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 
 from muxtune.spec.intervals import length, overlap, union
 from muxtune.spec.noun import noun
@@ -28,6 +29,14 @@ CAUSES = (
 COMPUTE, EXPOSED, P2P, BUBBLE, HOST, STEP, UNEXPLAINED = range(len(CAUSES))
 #: Causes in which a rank computes.
 BUSY = (COMPUTE, STEP)
+
+#: What a moment counts as where instances run at once on a rank: the first of these.
+PRECEDENCE = (COMPUTE, STEP, EXPOSED, P2P, HOST, BUBBLE, UNEXPLAINED)
+#: Ops that are work of the device itself.
+WORK = ("forward", "backward", "step")
+
+#: (start, end, cause).
+Segment = tuple[int, int, int]
 
 #: (rank, index of a forward or backward) → (ns of compute in it, ns of collectives with no compute beside them).
 Clocks = Mapping[tuple[int, int], tuple[int, int]]
@@ -103,20 +112,29 @@ class _Causes:
         self.met_ns = step_begin_ns(known)
 
     def parts(self, spans: Sequence[Span], window: tuple[int, int]) -> tuple[int, ...]:
-        """Parts of one rank; each moment of the window is counted once."""
+        """Parts of one rank; each moment of the window is counted once.
+
+        Of instances that run at once a moment goes to the one that does most: computes, steps, sums, moves, waits.
+        """
         parts = [0] * len(CAUSES)
+        lists = [self._segments(mine, window) for mine in _lists(spans)]
+        for start_ns, end_ns, cause in lists[0] if len(lists) == 1 else _overlay(lists):
+            parts[cause] += end_ns - start_ns
+        return tuple(parts)
+
+    def _segments(self, spans: Sequence[Span], window: tuple[int, int]) -> Iterator[Segment]:
+        """The window in pieces of one cause each; where instructions overlap, the one that started first is shown."""
         now_ns, idle = window[0], BUBBLE
         for span in sorted(spans, key=lambda s: (s.start_ns, s.index)):
             if span.start_ns > now_ns:
-                parts[idle] += span.start_ns - now_ns
+                yield now_ns, span.start_ns, idle
                 now_ns = span.start_ns
             if span.end_ns > now_ns:
                 for cause, part_ns in self._split(span, now_ns, span.end_ns - now_ns):
-                    parts[cause] += part_ns
-                now_ns = span.end_ns
+                    yield now_ns, now_ns + part_ns, cause
+                    now_ns += part_ns
             idle = HOST
-        parts[BUBBLE] += window[1] - now_ns
-        return tuple(parts)
+        yield now_ns, window[1], BUBBLE
 
     def _split(self, span: Span, now_ns: int, left_ns: int) -> tuple[tuple[int, int], ...]:
         """The last `left_ns` of a span, from `now_ns` on, as (cause, ns)."""
@@ -134,3 +152,28 @@ class _Causes:
             early_ns = min(max(0, self.met_ns[span.key, span.tasks] - now_ns), left_ns)
             return (BUBBLE, early_ns), (STEP, left_ns - early_ns)
         return ((UNEXPLAINED, left_ns),)
+
+
+def _lists(spans: Sequence[Span]) -> list[list[Span]]:
+    """The spans of one rank, by instance where instances run at once: where the work of two overlaps."""
+    lists: dict[int, list[Span]] = {}
+    for span in spans:
+        lists.setdefault(span.key.instance, []).append(span)
+    busy = sorted(
+        (s.start_ns, s.end_ns, i) for i, mine in lists.items() for s in mine if s.op in WORK and s.duration_ns
+    )
+    at_once = any(a[2] != b[2] and b[0] < a[1] for a, b in pairwise(busy))
+    return list(lists.values()) if len(lists) > 1 and at_once else [list(spans)]
+
+
+def _overlay(lists: Iterable[Iterable[Segment]]) -> Iterator[Segment]:
+    """Segments that cover one window several times, as segments that cover it once, by PRECEDENCE."""
+    left = [[x for x in segments if x[1] > x[0]][::-1] for segments in lists]
+    while all(left):
+        now_ns = max(segments[-1][0] for segments in left)
+        end_ns = min(segments[-1][1] for segments in left)
+        yield now_ns, end_ns, min((segments[-1][2] for segments in left), key=PRECEDENCE.index)
+        for segments in left:
+            start_ns, last_ns, cause = segments.pop()
+            if last_ns > end_ns:
+                segments.append((max(start_ns, end_ns), last_ns, cause))

@@ -16,7 +16,7 @@ from muxtune.spec.bind import bind, serial_launches
 from muxtune.spec.cluster import DeviceSpec, Link
 from muxtune.spec.ops import Op
 from muxtune.spec.order import backward_keys, bucket_major, chunks_of, forward_keys
-from muxtune.spec.plan import Action, Bucket, Instance, Launch, LaunchList, Plan, StageOrder
+from muxtune.spec.plan import Action, Bucket, Instance, Launch, LaunchList, Plan, Sharing, StageOrder
 from muxtune.spec.program import Bound
 
 #: (pp, tp, dp, sequence parallel) on at most four devices.
@@ -58,9 +58,13 @@ class Noise:
 
 
 @st.composite
-def programs(draw: st.DrawFn, make_workload: Any, make_state: Any, device: str = "") -> Bound:
-    """A bound plan of one to three instances in sequence on the first devices of two nodes."""
+def programs(
+    draw: st.DrawFn, make_workload: Any, make_state: Any, device: str = "", sharing: Sharing = "sequence"
+) -> Bound:
+    """A bound plan of one to three instances in sequence, or at once and of one layout, on the first devices of two nodes."""
     made = [draw(st.sampled_from(SHARES)) for _ in range(draw(st.integers(1, 3)))]
+    if sharing == "corun":
+        made = made[:1] * len(made)
     samples = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
     tasks = [draw(st.integers(1, 3)) for _ in made]
     workload = make_workload(sum(tasks), model="tiny-llama", samples=tuple(samples))
@@ -76,7 +80,7 @@ def programs(draw: st.DrawFn, make_workload: Any, make_state: Any, device: str =
         state = make_state(workload, **parallel, microbatches=draw(st.integers(1, 3)), cluster=cluster)
         instances.append(draw(_instances(state, f"i{number}", tuple(ids[:count]), steps)))
         ids = ids[count:]
-    plan = Plan(workload=workload, cluster=state.cluster, instances=tuple(instances))
+    plan = Plan(workload=workload, cluster=state.cluster, instances=tuple(instances), sharing=sharing)
     return bind(plan, seed=draw(st.integers(0, 99)), steps=steps * draw(st.integers(1, 2)))
 
 

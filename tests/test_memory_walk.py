@@ -62,7 +62,7 @@ def test_first_stage_by_hand(two_stages: Plan) -> None:
         workspace_bytes=64 * 4 * WORKSPACE,
     )
     assert peak.peak_bytes == peak.footprint.total_bytes == 296_192
-    assert moment_text(bound, peak) == "during backward of bucket 0 unit 0"
+    assert moment_text(bound, peak) == "during backward of bucket 0 unit 0, instruction 5"
 
 
 def test_last_stage_by_hand(two_stages: Plan) -> None:

@@ -220,8 +220,8 @@ class TestOrders:
         """Stage 0 wants the gradient of 0 before it sends 1; stage 1 wants 1 before it turns 0 around."""
         problem = only(check(explicit("F0 B0 F1 B1", "F0 F1 B0 B1")))
         assert problem == (
-            "the order deadlocks: rank 0 waits at instruction 2 (recv gradient of 0.0), "
-            "rank 1 waits at instruction 2 (recv activation of 0.1)"
+            "the order deadlocks: rank 0 at instruction 2 (recv gradient of bucket 0 unit 0) waits for rank 1, "
+            "rank 1 at instruction 2 (recv activation of bucket 0 unit 1) waits for rank 0"
         )
 
     def test_channels_are_fifo(self, explicit: Any) -> None:
@@ -305,7 +305,7 @@ class TestMemory:
         instruction = bind(plan, seed=0).program.ranks[peaks[1].rank].instructions[peaks[1].instruction]
         assert only(check(self.limited(plan, peaks[1].peak_bytes - 1))) == (
             f"rank {peaks[1].rank} does not fit: needs {format_bytes(peaks[1].peak_bytes)} during {instruction.op} of "
-            f"bucket {instruction.key.bucket} unit {instruction.key.unit} "
+            f"bucket {instruction.key.bucket} unit {instruction.key.unit}, instruction {peaks[1].instruction} "
             f"({format_bytes(peaks[1].static_bytes)} of them static; {peaks[1].footprint.sentence()}), "
             f"cpu has {format_bytes(peaks[1].peak_bytes - 1)}"
         )

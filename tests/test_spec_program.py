@@ -45,12 +45,16 @@ def test_wrong_counterpart() -> None:
 
 def test_cycle_over_three_ranks() -> None:
     ring = [(message("recv", (r - 1) % 3, r), message("send", (r + 1) % 3, (r + 1) % 3)) for r in range(3)]
-    assert "the order deadlocks: rank 0 waits at instruction 0" in one(check_program(program(*ring)))
+    assert one(check_program(program(*ring))) == (
+        "the order deadlocks: rank 0 at instruction 0 (recv activation of bucket 0 unit 0) waits for rank 2, "
+        "rank 2 at instruction 0 (recv activation of bucket 0 unit 0) waits for rank 1, "
+        "rank 1 at instruction 0 (recv activation of bucket 0 unit 0) waits for rank 0"
+    )
 
 
 def test_step_is_a_meeting() -> None:
     """Rank 0 meets before it sends what rank 1 needs to come to the meeting."""
     step = Instruction(op="step", key=KEY, task="t0")
     found = check_program(program((step, message("send", 1, 1)), (message("recv", 0, 1), step)))
-    assert "rank 0 waits at instruction 0 (step t0" in one(found)
+    assert "rank 0 at instruction 0 (step of task t0) waits for rank 1, rank 1 at" in one(found)
     assert check_program(program((message("send", 1, 1), step), (message("recv", 0, 1), step))) == ()

@@ -16,6 +16,7 @@ from muxtune.experiments.commands.plan import timed_plan, with_alone
 from muxtune.experiments.commands.problem import Options, Problem, problem_text, read_problem
 from muxtune.experiments.commands.rows import (
     UNCALIBRATED,
+    corun_text,
     feasible_row,
     figures_table,
     infeasible_row,
@@ -196,6 +197,7 @@ def _case_parts(case: dict[str, Any]) -> Iterator[Any]:
         yield from (figures_table(feasible, case["best"], [case["objective"]]), star, time_table(feasible))
         if "pareto" in case:
             yield from (pareto_table(case), "+ no other policy is better in one and as good in the other")
+        yield from (text for row in feasible for text in corun_text(row))
     if case["unresolved"]:
         yield f"within the cost model's error of {case['best']}: {', '.join(case['unresolved'])}"
     yield from (f"{r['policy']}: no plan: {r['reason']}" for r in case["rows"] if not r["feasible"])

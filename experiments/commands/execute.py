@@ -91,6 +91,10 @@ def run(
     traces += [output_file(output_folder(out) / "trace.json")] if out else []
     found = read_plan(plan)
     require_valid(found, seed, str(plan))
+    if found.sharing == "corun":
+        raise InputError(
+            f"{plan}: sharing `corun`: the executor runs one instance at a time on a device; plan again with sharing=sequence"
+        )
     ranks = _ranks(found)
     if found.residency == "swapped":
         raise InputError(f"{plan}: residency `swapped`: the executor keeps every backbone; use `resident`")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from muxtune.experiments.console import table
@@ -22,6 +22,7 @@ FIGURES = (
     *("plan_digest", "per_task", "chosen_layouts", "chosen_microbatches", "layout_search"),
     *("utilisation", "mfu", "mfu_billed", "stalls", "joules_per_billed_token", "energy_idle_j", "energy_dynamic_j"),
     "objectives",
+    *("sharing", "corun_slowed_fraction", "corun_default_fraction"),
 )
 
 
@@ -33,9 +34,13 @@ def feasible_row(policy: str, plan: Plan, found: Estimate, objectives: Sequence[
     rates = {f"{kind}_per_s": found.rate_per_s(getattr(found, kind)) for kind in _TOKENS}
     same = ("iteration_ns", "spread", "draws", "bubble_fraction", "exposed_comm_fraction", "host_bound_fraction")
     more = ("energy_j", "truncated_tokens", "extrapolated_fraction", "relative_error")
-    last = ("utilisation", "mfu", "mfu_billed", "joules_per_billed_token", "energy_idle_j", "energy_dynamic_j")
+    last = (
+        *("utilisation", "mfu", "mfu_billed", "joules_per_billed_token", "energy_idle_j", "energy_dynamic_j"),
+        *("corun_slowed_fraction", "corun_default_fraction"),
+    )
     figures: dict[str, Any] = {
         **{name: getattr(found, name) for name in (*same, *more, *last)},
+        "sharing": plan.sharing,
         "stalls": {share.cause: share.fraction for share in found.stalls},
         **rates,
         "peak_bytes": max(found.peak_bytes),
@@ -85,6 +90,15 @@ def objective_text(name: str, value: float | None) -> str:
         return "-"
     digits = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{digits} {require_objective(name).unit}".rstrip()
+
+
+def corun_text(row: dict[str, Any]) -> Iterator[str]:
+    """What instances that run at once take from each other, and what that figure rests on; nothing where none do."""
+    if row["corun_slowed_fraction"] is not None:
+        yield (
+            f"{row['policy']}: instances run at once on a device and take {percent(row['corun_slowed_fraction'])} of its time "
+            f"from each other, {percent(row['corun_default_fraction'])} of that by a stated default, the rest by measured pairs"
+        )
 
 
 def percent(value: float | None) -> str:

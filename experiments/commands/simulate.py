@@ -19,6 +19,7 @@ from muxtune.experiments.commands.inputs import output_file, output_folder, read
 from muxtune.experiments.commands.memory import memory_rows, memory_table
 from muxtune.experiments.commands.rows import (
     UNCALIBRATED,
+    corun_text,
     cost_body,
     cost_text,
     energy_text,
@@ -134,6 +135,7 @@ def show(body: dict[str, Any]) -> str:
         memory_table(body["memory"], body["memory_bytes"]),
         f"peak by Eq. 5 (every task in flight at once, no adapters, no workspace): {format_bytes(body['paper_peak_bytes'])}",
         *([frequency_table(body["frequencies"])] if "frequencies" in body else []),
+        *corun_text(body),
         f"timeline {body['timeline_digest']}, {body['events']:,} events{rate}; "
         f"{body['stages_simulated']} stage clocks simulated, {body['stages_reused']} reused",
         *(row["assumption"] for row in assumed),

@@ -133,6 +133,13 @@ def adapter_cost(
     return cost.link_latency(message, link) if link is not None else cost.latency(message, device)
 
 
+def leaders(ops: Iterable[Op], fuse_adapters: bool = True) -> Iterator[Op]:
+    """For each price of `prices` the first operator behind it."""
+    for key, run in groupby(ops, _base_op if fuse_adapters else lambda op: None):
+        calls = tuple(run)
+        yield from calls if key is None else calls[:1]
+
+
 def comm_load(device: DeviceSpec, link: Link | None, ctas: int = COMM_CTAS) -> tuple[Op, ...]:
     """What runs beside compute while a collective runs over a link; nothing on a CPU, where they take turns."""
     return (collective_load(ctas, link.bandwidth_bytes_per_s),) if link and ctas and not device.is_cpu else ()
