@@ -20,7 +20,7 @@ from muxtune.executor.reports import Mark
 from muxtune.spec.catalogue import Subgraph, stage_subgraphs
 from muxtune.spec.errors import ExecutionError, InputError
 from muxtune.spec.layout import Layout
-from muxtune.spec.plan import Provenance
+from muxtune.spec.plan import Plan, Provenance
 from muxtune.spec.program import Bound, Instruction
 from muxtune.spec.timeline import Span, Timeline, span_op
 
@@ -160,8 +160,9 @@ class WorkerGroup:
         """Build a plan's backbones and adapters on every rank; `ending`: tasks end at their `steps`.
 
         Raises:
-            InputError: an instance uses a rank that the group lacks.
+            InputError: an instance uses a rank that the group lacks, or the plan what only the simulator has.
         """
+        require_runnable(bound.plan)
         for instance in bound.plan.instances:
             if max(instance.devices) >= self.ranks:
                 raise InputError(
@@ -197,6 +198,24 @@ class WorkerGroup:
     ) -> None:
         if not self.log.closed:
             self.close()
+
+
+def require_runnable(plan: Plan, source: str = "") -> None:
+    """Refuse what the simulator can do and the executor cannot yet; `source` stands before the sentence.
+
+    Raises:
+        InputError: names the feature and the way round it.
+    """
+    if plan.residency == "swapped":
+        raise InputError(f"{source}residency `swapped`: the executor keeps every backbone: plan again with residency=resident")
+    if plan.sharing == "corun":
+        raise InputError(f"{source}sharing `corun`: the executor runs instances in turn: plan again with sharing=sequence")
+    for instance in plan.instances:
+        if any(bucket.adapter_fusion == "bucket" for bucket in instance.buckets):
+            raise InputError(
+                f"{source}instance {instance.name}: adapter_fusion `bucket`: the executor launches adapters with their hTask: "
+                "plan again with adapter_fusion=htask"
+            )
 
 
 def measured_timeline(bound: Bound, results: list[messages.RankResult], environment: str = "") -> Timeline:

@@ -27,6 +27,9 @@ def arrange(surrogate: Surrogate, groups: Partition, *, orchestration: bool) -> 
 
 def _launched(surrogate: Surrogate, groups: Partition, bucket: Bucket) -> Bucket:
     """The bucket with its launch lists, where an order inside the clock makes a difference."""
-    if len(bucket.htasks) == 1 or not surrogate.overlaps:
+    mine = [groups[h] for h in bucket.htasks]
+    isolated = surrogate.isolates(mine)
+    if not isolated and (len(bucket.htasks) == 1 or not surrogate.overlaps):
         return bucket
-    return replace(bucket, launches=tuple(launch_lists(surrogate, bucket.htasks, [groups[h] for h in bucket.htasks])))
+    launches = tuple(launch_lists(surrogate, bucket.htasks, mine))
+    return replace(bucket, launches=launches, adapter_fusion="bucket" if isolated else "htask")

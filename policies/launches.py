@@ -16,7 +16,8 @@ def launch_lists(
     """Launch lists of a bucket on every stage, both directions; `groups` are the tasks of its hTasks."""
     for stage in range(surrogate.stages):
         for direction in DIRECTIONS:
-            chains = [surrogate.latency.chain(stage, surrogate.shape(tasks), direction) for tasks in groups]
+            isolated = surrogate.isolates(groups)
+            chains = [surrogate.latency.chain(stage, surrogate.shape(tasks), direction, isolated) for tasks in groups]
             launches: list[Launch] = []
             launched = [0] * len(chains)
             for c, depth in launch_order(chains, surrogate.rule):
@@ -39,9 +40,10 @@ def unit_ns(
     Launches are ordered by the largest micro-batch (its first chunk). Without collectives, or on a CPU, where they take
     the compute's place, nothing overlaps.
     """
-    if len(groups) == 1 or not surrogate.overlaps:
+    isolated = surrogate.isolates(groups)
+    if not isolated and (len(groups) == 1 or not surrogate.overlaps):
         return sum(surrogate.direction_ns(tasks, index, stage, direction, chunk) for tasks in groups)
-    largest = [surrogate.latency.chain(stage, surrogate.shape(tasks), direction) for tasks in groups]
+    largest = [surrogate.latency.chain(stage, surrogate.shape(tasks), direction, isolated) for tasks in groups]
     shapes = (surrogate.shape(tasks, index, chunk=chunk) for tasks in groups)
-    chains = [surrogate.latency.chain(stage, shape, direction) for shape in shapes]
+    chains = [surrogate.latency.chain(stage, shape, direction, isolated) for shape in shapes]
     return clock_ns(chains, launch_order(largest, surrogate.rule))

@@ -12,7 +12,7 @@ from muxtune.policies.surrogate import Partition, Surrogate, value_ns
 from muxtune.spec.align import Alignment
 from muxtune.spec.clock import LaunchRule, Priority, Ties
 from muxtune.spec.noun import noun
-from muxtune.spec.plan import Plan, SolverRecord
+from muxtune.spec.plan import AdapterFusion, Plan, SolverRecord
 
 Charge = Literal["paper", "exact"]
 
@@ -24,7 +24,8 @@ class MuxTuneConfig:
     `charge`: what an extra hTask costs in the DP; `paper` is L/S (Eq. 6), `exact` is 2C·max_s L^s beside the largest
     warm-up. `fusion` off: one hTask a task. `orchestration` off: one bucket an hTask, in the DP's order, plain 1F1B.
     `priority` and `ties` order the launches inside a clock (spec/clock.py): Algorithm 1, or the critical path.
-    `chunk` is the chunk size of alignment `chunk`; 0 is the paper's rule.
+    `chunk` is the chunk size of alignment `chunk`; 0 is the paper's rule. `adapter_fusion`: `bucket` also launches the
+    adapters of a bucket's hTasks as one where each holds a single task (§3.4.3); `htask` only those inside an hTask.
     """
 
     fusion: bool = True
@@ -34,6 +35,7 @@ class MuxTuneConfig:
     orchestration: bool = True
     priority: Priority = "shallow"
     ties: Ties = "longest"
+    adapter_fusion: AdapterFusion = "htask"
 
     def __post_init__(self) -> None:
         if self.charge not in get_args(Charge):
@@ -43,6 +45,8 @@ class MuxTuneConfig:
             raise ValueError(f"priority={self.priority!r}: known are {list(get_args(Priority))}")
         if self.ties not in get_args(Ties):
             raise ValueError(f"ties={self.ties!r}: known are {list(get_args(Ties))}")
+        if self.adapter_fusion not in get_args(AdapterFusion):
+            raise ValueError(f"adapter_fusion={self.adapter_fusion!r}: known are {list(get_args(AdapterFusion))}")
 
 
 class MuxTune(Policy):
@@ -60,7 +64,9 @@ class MuxTune(Policy):
             ExtrapolationError: the cost model does not answer for a task alone.
         """
         rule = LaunchRule(priority=self.config.priority, ties=self.config.ties)
-        surrogate = Surrogate(self.cost, state, self.config.alignment, self.config.chunk, rule)
+        surrogate = Surrogate(
+            self.cost, state, self.config.alignment, self.config.chunk, rule, self.config.adapter_fusion
+        )
         surrogate.require_single_tasks()
         groups = self._fuse(surrogate)
         fused = ("contiguous-dp", f"exact for its recurrence (charge {self.config.charge})")

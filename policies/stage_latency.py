@@ -24,9 +24,10 @@ from muxtune.sim.cost.base import (
 )
 from muxtune.spec import ops
 from muxtune.spec.align import Batch, Row
-from muxtune.spec.catalogue import StageContext, stage_subgraphs
+from muxtune.spec.catalogue import StageContext
 from muxtune.spec.clock import Chain, Node
 from muxtune.spec.cluster import Cluster, Link, slowest
+from muxtune.spec.isolated import launched_subgraphs
 from muxtune.spec.layout import Layout
 from muxtune.spec.noun import noun
 from muxtune.spec.ops import ADAPTERS, Op, host
@@ -134,7 +135,7 @@ class StageLatency:
         self.sums: dict[tuple[tuple[Op, ...], tuple[Op, ...]], int] = {}
         self.frozen: dict[tuple[int, Runs, int, Direction], tuple[int, ...]] = {}
         self.adapter: dict[tuple[PeftSpec, int, Direction], tuple[TargetCosts, TargetCosts]] = {}
-        self.chains: dict[tuple[int, Shape, Direction], Chain] = {}
+        self.chains: dict[tuple[int, Shape, Direction, bool], Chain] = {}
 
     def latency_ns(self, shape: Shape, direction: Direction) -> tuple[int, ...]:
         """Time of a micro-batch on each stage, nothing beside it; a CPU's host time counts as compute."""
@@ -155,20 +156,32 @@ class StageLatency:
         stages[0] += first_ns - layer_ns
         return tuple(stages)
 
-    def chain(self, stage: int, shape: Shape, direction: Direction) -> Chain:
-        """What a micro-batch launches on a stage, in order: compute subgraphs, each with its collective."""
-        key = (stage, shape, direction)
+    def chain(self, stage: int, shape: Shape, direction: Direction, isolated: bool = False) -> Chain:
+        """What a micro-batch launches on a stage, in order: compute subgraphs, each with its collective.
+
+        `isolated`: with adapters as nodes of their own.
+        """
+        key = (stage, shape, direction, isolated)
         if key not in self.chains:
             nodes: list[Node] = []
-            groups = priced_groups(self.cost, self.contexts[stage], shape.row_batch(), direction)
-            for subgraph, group in zip(stage_subgraphs(self.layout, stage, direction), groups, strict=True):
+            groups = priced_groups(self.cost, self.contexts[stage], shape.row_batch(), direction, isolated)
+            subgraphs = launched_subgraphs(self.layout, stage, direction, isolated)
+            for subgraph, group in zip(subgraphs, groups, strict=True):
                 ops = (host("launch", direction), *group)
                 if subgraph.kind == "collective":
                     nodes[-1] = replace(nodes[-1], collective=True, comm_ns=self._sum_ns(ops))
                 else:
-                    nodes.append(Node(compute_ns=self._sum_ns(ops), shared_ns=self._sum_ns(ops, self.load)))
+                    node = Node(compute_ns=self._sum_ns(ops), shared_ns=self._sum_ns(ops, self.load))
+                    nodes.append(self._adapters_node(node, group) if subgraph.adapters else node)
             self.chains[key] = tuple(nodes)
         return self.chains[key]
+
+    def _adapters_node(self, node: Node, ops: Sequence[Op]) -> Node:
+        """How the adapters of one BaseOp share a launch with those of other hTasks (`grouped`)."""
+        costs = [self.cost.latency(op, self.device) for op in ops]
+        adds_ns = sum(round(c.utilisation * c.p50_ns) for c in costs)
+        once_ns = node.compute_ns - sum(c.p50_ns for c in costs)
+        return replace(node, adapters=True, adds_ns=adds_ns, once_ns=once_ns)
 
     def _sum_ns(self, ops: tuple[Op, ...], share: tuple[Op, ...] = ()) -> int:
         """Equal layers launch equal operators, which are priced once."""

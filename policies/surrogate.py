@@ -21,6 +21,7 @@ from muxtune.spec.errors import ExtrapolationError, InfeasibleError
 from muxtune.spec.footprint import amount, rounded_bytes
 from muxtune.spec.memory import stage_static_bytes
 from muxtune.spec.noun import noun
+from muxtune.spec.plan import AdapterFusion
 from muxtune.spec.task import Task
 from muxtune.spec.tensors import again_tensors, chunk_kv_tensors, held_tensors, working_bytes
 from muxtune.spec.units import format_bytes
@@ -94,9 +95,10 @@ class Surrogate:
         alignment: Alignment,
         chunk_tokens: int = 0,
         rule: LaunchRule | None = None,
+        adapter_fusion: AdapterFusion = "htask",
     ) -> None:
         self.state, self.alignment, self.chunk_tokens = state, alignment, chunk_tokens
-        self.rule = rule or LaunchRule()
+        self.rule, self.adapter_fusion = rule or LaunchRule(), adapter_fusion
         self.contexts = stage_contexts(state.workload, state.layout)
         self.device = state.cluster.device
         self.latency = StageLatency(cost, state.cluster, state.workload, self.contexts)
@@ -221,6 +223,10 @@ class Surrogate:
         if cost is None:
             return 0
         return (cost.forward_ns if direction == "forward" else cost.backward_ns)[stage]
+
+    def isolates(self, groups: Sequence[tuple[str, ...]]) -> bool:
+        """Whether the hTasks of a bucket launch their adapters together: each has one task (§3.4.3), and there are several."""
+        return self.adapter_fusion == "bucket" and len(groups) > 1 and all(len(tasks) == 1 for tasks in groups)
 
     @property
     def overlaps(self) -> bool:

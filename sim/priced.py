@@ -142,7 +142,7 @@ class _Pricing:
         self.transfers_ns: list[list[int]] = []
         self.meetings: dict[tuple[UnitKey, str | None], int] = {}
         self.meeting_ranks: list[int] = []
-        self.sites: dict[tuple[int, int], tuple[Site, int]] = {}
+        self.sites: dict[tuple[int, int, int], tuple[Site, int]] = {}
         self.site_numbers: dict[tuple[int, Site], int] = {}
         self.known: dict[tuple[object, ...], _Known] = {}
         self.loads: dict[Load, Load] = {}
@@ -200,7 +200,7 @@ class _Pricing:
 
     def _clock(self, rank: int, x: Instruction, unit: int) -> _Known:
         """A forward or backward: the instruction's own host work, then the stage's clock."""
-        site, number = self._site(rank, x.key.instance)
+        site, number = self._site(rank, x.key.instance, x.key.bucket)
         place = (x.op, number, self.shapes[unit])
         if place not in self.known:
             assert x.op in ("forward", "backward")
@@ -277,18 +277,27 @@ class _Pricing:
         link = self.plan.cluster.slowest_link([instance.devices[i] for i in group])
         return [self.cost.link_latency(message("all_reduce", size_bytes, (len(group),)), link)]
 
-    def _site(self, rank: int, instance: int) -> tuple[Site, int]:
-        """Where a rank runs an instance, and a number that equal places of the instance share."""
-        if (rank, instance) not in self.sites:
+    def _site(self, rank: int, instance: int, bucket: int = 0) -> tuple[Site, int]:
+        """Where a rank runs a bucket of an instance, and a number that equal places of the instance share."""
+        if (rank, instance, bucket) not in self.sites:
             found = self.plan.instances[instance]
+            isolated = found.buckets[bucket].adapter_fusion == "bucket"
             here = found.devices.index(rank)
             group = [found.devices[i] for i in found.layout.stage_peers(here)]
             context = stage_context(self.plan, instance, found.layout.stage_of(here))
             link = self.plan.cluster.slowest_link(group) if len(group) > 1 else None
             unfused = tuple(h for h, htask in enumerate(found.htasks) if not htask.fuse_adapters)
-            site = Site(context=context, device=self.device, link=link, comm_ctas=found.comm_ctas, unfused=unfused)
-            self.sites[rank, instance] = (site, self.site_numbers.setdefault((instance, site), len(self.site_numbers)))
-        return self.sites[rank, instance]
+            site = Site(
+                context=context,
+                device=self.device,
+                link=link,
+                comm_ctas=found.comm_ctas,
+                unfused=unfused,
+                isolated=isolated,
+            )
+            number = self.site_numbers.setdefault((instance, site), len(self.site_numbers))
+            self.sites[rank, instance, bucket] = (site, number)
+        return self.sites[rank, instance, bucket]
 
     def _launches(self, x: Instruction, stage: int) -> tuple[Launch, ...]:
         place = (x.key.instance, x.key.bucket, stage, x.op)

@@ -9,7 +9,7 @@ from typing import Any
 from muxtune.sim.at_once import in_time_order, power_of_lists, stretched, work_begins
 from muxtune.sim.priced import PricedProgram, PricedRank, RunTimes
 from muxtune.sim.stage import StageRun, Way
-from muxtune.spec.catalogue import stage_subgraphs
+from muxtune.spec.isolated import launched_subgraphs
 from muxtune.spec.memory import MemoryWalk
 from muxtune.spec.noun import noun, nouns
 from muxtune.spec.program import Bound, Instruction, RankProgram
@@ -25,7 +25,7 @@ class _Shape:
     op: tuple[str, ...]
     subgraph: tuple[int, ...]
     host_wait_ns: tuple[int, ...]
-    htasks: tuple[int, ...] = ()
+    htasks: tuple[tuple[int, ...], ...] = ()
     starts_ns: tuple[int, ...] = ()
     ends_ns: tuple[int, ...] = ()
 
@@ -85,7 +85,10 @@ class _Recorder:
             ends_ns.append(end_ns)
             if run is not None:
                 of = self.htask_tasks[unit]
-                tasks += [of[h] for h in shape.htasks]
+                tasks += [
+                    tuple(t for h in htasks for t in of[h]) if len(htasks) > 1 else of[htasks[0]]
+                    for htasks in shape.htasks
+                ]
                 # The instruction's own host work comes before its clock.
                 base_ns = end_ns - run.duration_ns
                 if end_ns - start_ns == cost.duration_ns:
@@ -117,13 +120,14 @@ class _Recorder:
         instance = self.plan.instances[x.key.instance]
         way: Way = "forward" if x.op == "forward" else "backward"
         stage = instance.layout.stage_of(instance.devices.index(rank))
-        names = [s.name for s in stage_subgraphs(instance.layout, stage, way)] if inner else []
+        isolated = bool(inner) and instance.buckets[x.key.bucket].adapter_fusion == "bucket"
+        names = [s.name for s in launched_subgraphs(instance.layout, stage, way, isolated)] if inner else []
         return _Shape(
             stream=(stream, *(s.stream for s in inner)),
             op=(span_op(x), *(names[s.subgraph] for s in inner)),
             subgraph=(-1, *(s.subgraph for s in inner)),
             host_wait_ns=(0, *(s.inner_ns for s in inner)),
-            htasks=tuple(s.htask for s in inner),
+            htasks=tuple((s.htask, *s.also) for s in inner),
             starts_ns=tuple(s.start_ns for s in inner),
             ends_ns=tuple(s.end_ns for s in inner),
         )

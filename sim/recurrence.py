@@ -54,12 +54,11 @@ class _StageRecurrence:
             self._close(index, turn, self.collectives[-1][1])
 
     def _has_input(self, index: int) -> bool:
-        previous = self.previous[index]
-        return previous is None or previous in self.spans
+        return all(previous in self.spans for previous in self.previous[index])
 
     def _turn(self, index: int) -> Turn:
-        block, previous = self.blocks[index], self.previous[index]
-        ready_ns = 0 if previous is None else self.spans[previous].end_ns
+        block = self.blocks[index]
+        ready_ns = max((self.spans[previous].end_ns for previous in self.previous[index]), default=0)
         return turn_of(block, self.begin_ns[index], self.free_ns[block.resource], ready_ns)
 
     def _close(self, index: int, turn: Turn, end_ns: int) -> None:

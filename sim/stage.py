@@ -13,6 +13,7 @@ from muxtune.sim.streams import Block, StageEngine, StageSpan, exposed_ns, run_b
 from muxtune.spec.align import Batch
 from muxtune.spec.catalogue import StageContext
 from muxtune.spec.cluster import DeviceSpec, Link
+from muxtune.spec.isolated import isolated_subgraphs, launched_together
 from muxtune.spec.noun import noun
 from muxtune.spec.ops import Op, host
 from muxtune.spec.plan import COMM_CTAS, Launch
@@ -50,7 +51,8 @@ class StageRun:
 class Site:
     """Where a stage runs: its operators' context, device, and the slowest link between its tp ranks (None for one).
 
-    `comm_ctas` are held by a running collective; the adapters of `unfused` hTasks run one after the other.
+    `comm_ctas` are held by a running collective; the adapters of `unfused` hTasks run one after the other. `isolated`: the
+    bucket's adapters are subgraphs of their own.
     """
 
     context: StageContext
@@ -58,6 +60,13 @@ class Site:
     link: Link | None = None
     comm_ctas: int = COMM_CTAS
     unfused: tuple[int, ...] = ()
+    isolated: bool = False
+
+    def together(self, launches: Sequence[Launch], way: Way) -> Iterator[tuple[Launch, ...]]:
+        """The launches as they are run: neighbouring ones of the same adapters as one."""
+        if not self.isolated:
+            return ((launch,) for launch in launches)
+        return launched_together(launches, isolated_subgraphs(self.context.layout, self.context.stage, way))
 
     @property
     def load(self) -> tuple[Op, ...]:
@@ -74,11 +83,12 @@ def stage_run(
         ExtrapolationError: the cost model has no figure for an operator.
     """
     ledger = Ledger()
-    groups = {b.htask: priced_groups(cost, site.context, b, way) for b in batches}
+    groups = {b.htask: priced_groups(cost, site.context, b, way, site.isolated) for b in batches}
     # Collectives of an hTask never run beside its own compute.
     share = site.load if len(batches) > 1 else ()
     pricing = _Pricing(cost, site, way, share, ledger)
-    blocks = [pricing.block(x, groups[x.htask][x.subgraph]) for x in launches if x.htask in groups]
+    there = [x for x in launches if x.htask in groups]
+    blocks = [pricing.block(x, [groups[y.htask][y.subgraph] for y in x]) for x in site.together(there, way)]
     spans, events = engine(blocks)
     for span, slowing in zip(spans, pricing.slowing, strict=True):
         if span.slowed_ns:
@@ -98,12 +108,12 @@ def clock_calls(
     cost: CostModel, site: Site, batches: Sequence[Batch], way: Way, launches: Sequence[Launch]
 ) -> Iterator[tuple[Op, int]]:
     """(operator, device time alone) of every call of a clock in launch order; a group of adapters goes by its first."""
-    groups = {b.htask: priced_groups(cost, site.context, b, way) for b in batches}
-    for launch in launches:
-        if launch.htask in groups:
-            ops, fuse = groups[launch.htask][launch.subgraph], launch.htask not in site.unfused
-            priced = prices(cost, site.device, ops, link=site.link, fuse_adapters=fuse)
-            yield from ((op, price.p50_ns) for op, (_, price) in zip(leaders(ops, fuse), priced, strict=True))
+    groups = {b.htask: priced_groups(cost, site.context, b, way, site.isolated) for b in batches}
+    for run in site.together([x for x in launches if x.htask in groups], way):
+        ops = [op for x in run for op in groups[x.htask][x.subgraph]]
+        fuse = len(run) > 1 or run[0].htask not in site.unfused
+        priced = prices(cost, site.device, ops, link=site.link, fuse_adapters=fuse)
+        yield from ((op, price.p50_ns) for op, (_, price) in zip(leaders(ops, fuse), priced, strict=True))
 
 
 class _Kind:
@@ -130,9 +140,10 @@ class _Pricing:
         self.slowing: list[Cost] = []
         self.kinds: dict[tuple[bool, tuple[int, ...]], _Kind] = {}
 
-    def block(self, launch: Launch, ops: Sequence[Op]) -> Block:
-        """One launch: the launch itself, then its operators issued one after the other."""
-        kind = self._kind(launch, ops)
+    def block(self, launches: Sequence[Launch], groups: Sequence[Sequence[Op]]) -> Block:
+        """One launch, or several of adapters that run as one: the launch itself, then its operators issued in turn."""
+        launch, *more = launches
+        kind = self._kind(launch, groups)
         alone, shared = kind.alone, kind.shared
         self.ledger.add("launch", self.start)
         for family, price in kind.priced:
@@ -156,10 +167,12 @@ class _Pricing:
             tail_ns=tail_ns,
             shared_ns=device_ns + self.slowing[-1].p50_ns,
             shared_tail_ns=shared_tail_ns,
+            also=tuple(x.htask for x in more),
         )
 
-    def _kind(self, launch: Launch, ops: Sequence[Op]) -> _Kind:
-        fuse = launch.htask not in self.site.unfused
+    def _kind(self, launch: Launch, groups: Sequence[Sequence[Op]]) -> _Kind:
+        fuse = len(groups) > 1 or launch.htask not in self.site.unfused
+        ops = groups[0] if len(groups) == 1 else [op for group in groups for op in group]
         place = (fuse, tuple(map(id, ops)))
         if place not in self.kinds:
             priced = list(self._prices(ops, (), fuse))
@@ -211,7 +224,17 @@ class StageCache:
     def run(self, site: Site, batches: Sequence[Batch], way: Way, launches: tuple[Launch, ...]) -> StageRun:
         """The run of these batches; simulated once."""
         shapes = tuple(batch_shape(site.context, b) for b in batches)
-        key = (*_stage_shape(site.context), site.device, site.link, site.comm_ctas, site.unfused, way, launches, shapes)
+        key = (
+            *_stage_shape(site.context),
+            site.device,
+            site.link,
+            site.comm_ctas,
+            site.unfused,
+            site.isolated,
+            way,
+            launches,
+            shapes,
+        )
         found = self._runs.get(key)
         if found is None:
             found = self._runs[key] = stage_run(self.cost, site, batches, way, launches, self.engine)

@@ -24,7 +24,8 @@ class Block:
     max(s, h + first_ns) to max(s + device_ns, h + tail_ns). On a CPU all of it is device time (host ≡ compute).
     A launch without operators still takes its turn on the stream. Where collectives run beside all of it, `shared_ns` and
     `shared_tail_ns` take the place of `device_ns` and `tail_ns`; below those they count as equal.
-    `stream` is where it is shown, `resource` what it occupies.
+    `stream` is where it is shown, `resource` what it occupies. `also` are further hTasks whose adapters run in it: it waits
+    for their subgraphs before, and theirs behind it for it.
     """
 
     htask: int
@@ -37,6 +38,7 @@ class Block:
     tail_ns: int
     shared_ns: int = 0
     shared_tail_ns: int = 0
+    also: tuple[int, ...] = ()
 
 
 @noun
@@ -65,6 +67,7 @@ class StageSpan:
     stall_ns: int = 0
     slowed_ns: int = 0
     inner_ns: int = 0
+    also: tuple[int, ...] = ()
 
 
 #: Blocks in launch order → (their spans in the same order, simulated events).
@@ -96,16 +99,18 @@ def span_of(block: Block, turn: Turn, end_ns: int) -> StageSpan:
         stall_ns=turn.stall_ns,
         slowed_ns=end_ns - turn.start_ns - turn.alone_ns,
         inner_ns=turn.alone_ns - block.device_ns,
+        also=block.also,
     )
 
 
-def previous_blocks(blocks: Sequence[Block]) -> list[int | None]:
-    """For each block the place of the block of its hTask launched before it."""
+def previous_blocks(blocks: Sequence[Block]) -> list[tuple[int, ...]]:
+    """For each block the places of the blocks of its hTasks launched before it."""
     last: dict[int, int] = {}
-    found: list[int | None] = []
+    found: list[tuple[int, ...]] = []
     for index, block in enumerate(blocks):
-        found.append(last.get(block.htask))
-        last[block.htask] = index
+        htasks = (block.htask, *block.also)
+        found.append(tuple(last[h] for h in htasks if h in last))
+        last.update(dict.fromkeys(htasks, index))
     return found
 
 
@@ -145,11 +150,10 @@ class _StageModel:
         for _ in range(count):
             free_ns = self.env.now
             index, begin_ns = yield queue.get()
-            previous = self.previous[index]
             ready_ns = 0
-            if previous is not None:
+            for previous in self.previous[index]:
                 yield self.done[previous]
-                ready_ns = self.spans[previous].end_ns
+                ready_ns = max(ready_ns, self.spans[previous].end_ns)
             turn = turn_of(self.blocks[index], begin_ns, free_ns, ready_ns)
             assert turn.start_ns == self.env.now
             yield from self._work(turn) if self.blocks[index].resource == "compute" else self._collective(turn)

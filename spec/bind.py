@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, chain
 
 from muxtune.spec.align import Batch, Row
-from muxtune.spec.catalogue import stage_subgraphs
 from muxtune.spec.draw import Draw, align_chunks, align_sample, draw_samples
 from muxtune.spec.errors import PlanError
+from muxtune.spec.isolated import launched_subgraphs
 from muxtune.spec.order import chunks_of, feed_of, gpipe, one_f_one_b
 from muxtune.spec.plan import Action, Bucket, Instance, Launch, LaunchList, Plan, StageOrder, Unit
 from muxtune.spec.program import Bound, Instruction, Program, RankProgram, StageLaunches, UnitKey, UnitWork
@@ -158,7 +158,8 @@ def _rank_instructions(
 def serial_launches(instance: Instance, bucket: Bucket, stage: int) -> Iterator[LaunchList]:
     """One hTask after the other; collectives on the communication stream."""
     for direction in ("forward", "backward"):
-        subgraphs = stage_subgraphs(instance.layout, stage, direction)  # type: ignore[arg-type]
+        isolated = bucket.adapter_fusion == "bucket"
+        subgraphs = launched_subgraphs(instance.layout, stage, direction, isolated)  # type: ignore[arg-type]
         launches = tuple(
             Launch(htask=h, subgraph=s.index, stream="comm" if s.kind == "collective" else "compute")
             for h in bucket.htasks

@@ -46,11 +46,17 @@ class Piece:
 
 @noun
 class Subgraph:
-    """What is launched at once: pieces of compute, or one `collective` over tp that follows a piece."""
+    """What is launched at once: pieces of compute, or one `collective` over tp that follows a piece.
+
+    Where adapters are apart (spec/isolated.py), `sections` says which part of each piece, and `adapters` names the BaseOp
+    of a subgraph that has nothing else.
+    """
 
     index: int
     pieces: tuple[Piece, ...]
     collective: Collective | None = None
+    sections: tuple[int, ...] = ()
+    adapters: str = ""
 
     @property
     def kind(self) -> Literal["compute", "collective"]:
@@ -62,6 +68,8 @@ class Subgraph:
         """For people: `layer3.attention`, `head`, `layer3.mlp all_reduce`."""
         piece = self.pieces[-1]
         label = piece.name if piece.layer < 0 else f"layer{piece.layer}.{piece.name}"
+        label += f".{self.sections[-1]}" if any(self.sections) and not self.adapters else ""
+        label += f".{self.adapters} adapters" if self.adapters else ""
         label += " again" if piece.again else ""
         return label if self.collective is None else f"{label} {self.collective}"
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from itertools import combinations
 
 from muxtune.spec.bind import bind
-from muxtune.spec.catalogue import stage_subgraphs
 from muxtune.spec.check_order import check_orders
 from muxtune.spec.errors import PlanError
+from muxtune.spec.isolated import launched_subgraphs
 from muxtune.spec.memory import moment_text, rank_peaks
 from muxtune.spec.plan import Instance, Plan, unit_chunks
 from muxtune.spec.program import Bound, ChannelKey, Program, channel_of
@@ -149,6 +149,12 @@ def _chunks(plan: Plan, instance: Instance) -> Iterator[str]:
 def _launches(instance: Instance) -> Iterator[str]:
     """Launch lists hold every subgraph of every hTask once, each hTask's own in serial order, collectives on comm."""
     for b, bucket in enumerate(instance.buckets):
+        for h in bucket.htasks if bucket.adapter_fusion == "bucket" else ():
+            if h < len(instance.htasks) and len(instance.htasks[h].tasks) > 1:
+                yield (
+                    f"instance {instance.name}: bucket {b} has adapter_fusion `bucket`, but hTask {h} holds "
+                    f"{len(instance.htasks[h].tasks)} tasks: only hTasks of a single task share adapter launches; use `htask`"
+                )
         for (stage, direction), count in Counter((x.stage, x.direction) for x in bucket.launches).items():
             if count > 1:
                 yield (
@@ -157,7 +163,8 @@ def _launches(instance: Instance) -> Iterator[str]:
                 )
         for listing in bucket.launches:
             place = f"instance {instance.name}: launch list of bucket {b}, stage {listing.stage}, {listing.direction}"
-            subgraphs = stage_subgraphs(instance.layout, listing.stage, listing.direction)
+            isolated = bucket.adapter_fusion == "bucket"
+            subgraphs = launched_subgraphs(instance.layout, listing.stage, listing.direction, isolated)
             for h in bucket.htasks:
                 mine = [x for x in listing.launches if x.htask == h]
                 if [x.subgraph for x in mine] != [s.index for s in subgraphs]:

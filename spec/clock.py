@@ -7,6 +7,7 @@ alone and a of them under a collective; its end is rounded up to a whole nanosec
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Literal
 
 from muxtune.spec.noun import noun
@@ -21,13 +22,18 @@ Intervals = Sequence[tuple[int, int]]
 class Node:
     """A compute subgraph with the collective appended to it (§3.4.2); `collective` says whether there is one.
 
-    `shared_ns` is the compute's time if collectives run beside all of it; below `compute_ns` counts as equal.
+    `shared_ns` is the compute's time if collectives run beside all of it; below `compute_ns` counts as equal. A node of
+    `adapters` is launched as one with those of other chains that follow it at the same depth: the group takes
+    max{once + Σ adds, max compute}, with `once_ns` paid once and `adds_ns` by each (u_a·t_a of Eq. 3).
     """
 
     compute_ns: int
     collective: bool = False
     comm_ns: int = 0
     shared_ns: int = 0
+    adapters: bool = False
+    adds_ns: int = 0
+    once_ns: int = 0
 
 
 Chain = tuple[Node, ...]
@@ -69,22 +75,42 @@ def critical_path(chains: Sequence[Chain]) -> LaunchOrder:
     left_ns = [sum(n.compute_ns + n.comm_ns for n in chain) for chain in chains]
     done = [0] * len(chains)
     order: list[tuple[int, int]] = []
-    while open_chains := [c for c, chain in enumerate(chains) if done[c] < len(chain)]:
+    while open_chains := _open_chains(chains, done):
         first_ns = max(clock.compute_free_ns, min(clock.ready_ns[c] for c in open_chains))
         chosen = min((c for c in open_chains if clock.ready_ns[c] <= first_ns), key=lambda c: (-left_ns[c], c))
-        node = chains[chosen][done[chosen]]
-        clock.run(chosen, node)
-        left_ns[chosen] -= node.compute_ns + node.comm_ns
-        order.append((chosen, done[chosen]))
-        done[chosen] += 1
+        group = open_chains if chains[chosen][done[chosen]].adapters else [chosen]
+        clock.run(group, group_node([chains[c][done[c]] for c in group]))
+        for c in group:
+            node = chains[c][done[c]]
+            left_ns[c] -= node.compute_ns + node.comm_ns
+            order.append((c, done[c]))
+            done[c] += 1
     return tuple(order)
+
+
+def _open_chains(chains: Sequence[Chain], done: Sequence[int]) -> list[int]:
+    """Chains with a node that may be launched: adapters only once every chain has come to them."""
+    found = [c for c, chain in enumerate(chains) if done[c] < len(chain)]
+    before = [c for c in found if not chains[c][done[c]].adapters]
+    return before or found
+
+
+def group_node(nodes: Sequence[Node]) -> Node:
+    """Adapters that are launched as one."""
+    if len(nodes) == 1:
+        return nodes[0]
+    compute_ns = max(max(n.once_ns for n in nodes) + sum(n.adds_ns for n in nodes), *(n.compute_ns for n in nodes))
+    shared_ns = max(-(-compute_ns * n.shared_ns // n.compute_ns) if n.compute_ns else 0 for n in nodes)
+    return Node(compute_ns=compute_ns, shared_ns=shared_ns)
 
 
 def clock_ns(chains: Sequence[Chain], order: Sequence[tuple[int, int]]) -> int:
     """Time of a clock: compute and collectives on a FIFO stream each, a chain's next node after its last collective."""
     clock = _Clock(len(chains))
-    for c, depth in order:
-        clock.run(c, chains[c][depth])
+    places = enumerate(order)
+    for _, run in groupby(places, key=lambda x: (-1, x[1][1]) if chains[x[1][0]][x[1][1]].adapters else x):
+        group = [place for _, place in run]
+        clock.run([c for c, _ in group], group_node([chains[c][depth] for c, depth in group]))
     return max(clock.ready_ns)
 
 
@@ -99,15 +125,17 @@ class _Clock:
         self.ready_ns = [0] * chains
         self.collectives: list[tuple[int, int]] = []
 
-    def run(self, chain: int, node: Node) -> None:
-        """Launch the next node of a chain."""
-        start_ns = max(self.compute_free_ns, self.ready_ns[chain])
+    def run(self, chains: Sequence[int], node: Node) -> None:
+        """Launch the next node of a chain, or of several as one."""
+        start_ns = max(self.compute_free_ns, *(self.ready_ns[c] for c in chains))
         end_ns = slowed_end_ns(start_ns, node.compute_ns, node.shared_ns, self.collectives)
-        self.ready_ns[chain] = self.compute_free_ns = end_ns
+        ready_ns = self.compute_free_ns = end_ns
         if node.collective:
             begin_ns = max(end_ns, self.collectives[-1][1] if self.collectives else 0)
-            self.ready_ns[chain] = begin_ns + node.comm_ns
-            self.collectives.append((begin_ns, begin_ns + node.comm_ns))
+            ready_ns = begin_ns + node.comm_ns
+            self.collectives.append((begin_ns, ready_ns))
+        for c in chains:
+            self.ready_ns[c] = ready_ns
 
 
 def slowed_end_ns(start_ns: int, alone_ns: int, shared_ns: int, collectives: Intervals) -> int:

@@ -21,6 +21,7 @@ COMM_CTAS = 8
 OrderKey = tuple[int, int]
 Sharing = Literal["sequence", "corun"]
 Residency = Literal["resident", "swapped"]
+AdapterFusion = Literal["htask", "bucket"]
 
 
 @noun
@@ -69,7 +70,7 @@ class Unit:
 
 @noun
 class Launch:
-    """One subgraph (index in `stage_subgraphs`) of one hTask on a stream."""
+    """One subgraph (index in `launched_subgraphs`) of one hTask on a stream."""
 
     htask: int
     subgraph: int
@@ -87,11 +88,16 @@ class LaunchList:
 
 @noun
 class Bucket:
-    """hTasks (indices in the instance) interleaved inside one pipeline clock. No launch lists: one hTask after the other."""
+    """hTasks (indices in the instance) interleaved inside one pipeline clock. No launch lists: one hTask after the other.
+
+    `adapter_fusion: bucket` (hTasks of a single task each, §3.4.3) launches adapters as subgraphs of their own; those of one
+    BaseOp whose launches are neighbours run as one grouped operator. `htask`: adapters stay in their hTask's subgraphs.
+    """
 
     htasks: tuple[int, ...]
     units: tuple[Unit, ...]
     launches: tuple[LaunchList, ...] = ()
+    adapter_fusion: AdapterFusion = "htask"
 
 
 @noun

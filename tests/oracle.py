@@ -10,9 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from muxtune.sim.cost.base import Cost
 from muxtune.spec.align import Batch
 from muxtune.spec.catalogue import StageContext, adapter_sizes, replicated_parameters, subgraph_ops
 from muxtune.spec.cluster import Link
+from muxtune.spec.isolated import isolated_ops, isolated_subgraphs
 from muxtune.spec.memory import stage_context
 from muxtune.spec.ops import COLLECTIVES, Op, adamw, host, message
 from muxtune.spec.plan import Instance
@@ -164,14 +166,20 @@ class _Jobs:
         context = stage_context(self.plan, x.key.instance, stage)
         overhead = self._price(host("instruction", x.op))  # type: ignore[arg-type]
         started = self.ranks[rank].give(overhead.p50_ns + overhead.host_ns)
-        groups = {b.htask: self._groups(context, b, x) for b in self.batches[x.key]}
+        isolated = instance.buckets[x.key.bucket].adapter_fusion == "bucket"
+        groups = {b.htask: self._groups(context, b, x, isolated) for b in self.batches[x.key]}
         done: dict[int, list[Job]] = {}
-        for launch in self._launches(x, stage):
-            if launch.htask in groups:
-                before = [started, *done.get(launch.htask, [])]
-                prices = [self._price(op, group) for op in groups[launch.htask][launch.subgraph]]
-                made = self._launch(rank, x, launch.stream, prices, before)
-                done[launch.htask] = self.kernels[rank, index, launch.htask, launch.subgraph] = made
+        for together in self._together(
+            [y for y in self._launches(x, stage) if y.htask in groups], context, x, isolated
+        ):
+            first = together[0]
+            before = [started, *(job for y in together for job in done.get(y.htask, []))]
+            prices = [self._price(op, group) for y in together for op in groups[y.htask][y.subgraph]]
+            if len(together) > 1 and prices:
+                prices = [self._grouped(prices)]
+            made = self._launch(rank, x, first.stream, prices, before)
+            self.kernels[rank, index, first.htask, first.subgraph] = made
+            done.update((y.htask, made) for y in together)
         return self.ranks[rank].give(0, [job for jobs in done.values() for job in jobs])
 
     def _launch(self, rank: int, x: Instruction, stream: str, prices: Sequence[Any], before: list[Job]) -> list[Job]:
@@ -189,8 +197,30 @@ class _Jobs:
             made.append(self.streams[rank, stream].give(price.p50_ns, [issued, *before]))
         return made
 
-    def _groups(self, context: StageContext, batch: Batch, x: Instruction) -> tuple[tuple[Op, ...], ...]:
-        return subgraph_ops(context, batch, "forward" if x.op == "forward" else "backward")
+    def _groups(
+        self, context: StageContext, batch: Batch, x: Instruction, isolated: bool
+    ) -> tuple[tuple[Op, ...], ...]:
+        return (isolated_ops if isolated else subgraph_ops)(
+            context, batch, "forward" if x.op == "forward" else "backward"
+        )
+
+    def _together(self, launches: list[Any], context: StageContext, x: Instruction, isolated: bool) -> list[list[Any]]:
+        """Each launch with those behind it that launch the adapters of the same BaseOp for other hTasks."""
+        way: Any = "forward" if x.op == "forward" else "backward"
+        adapters = {s.index for s in isolated_subgraphs(context.layout, context.stage, way) if isolated and s.adapters}
+        found: list[list[Any]] = []
+        for y in launches:
+            if found and y.subgraph in adapters and found[-1][0].subgraph == y.subgraph:
+                found[-1].append(y)
+            else:
+                found.append([y])
+        return found
+
+    def _grouped(self, prices: Sequence[Any]) -> Any:
+        """Utilisation 1 each: the sum of the kernels, issued once."""
+        host_ns = max(price.host_ns for price in prices)
+        self.priced_ns -= sum(price.host_ns for price in prices) - host_ns
+        return Cost(p50_ns=sum(price.p50_ns for price in prices), host_ns=host_ns)
 
     def _launches(self, x: Instruction, stage: int) -> Iterator[Any]:
         for listing in self.program.launches:

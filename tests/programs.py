@@ -90,7 +90,8 @@ def _instances(draw: st.DrawFn, state: SystemState, name: str, tasks: tuple[str,
     every = list(range(len(groups)))
     buckets = [every] if draw(st.booleans()) else _partition(draw, every)
     instance = make_instance(state, name, groups, buckets, draw(st.sampled_from(ALIGNMENTS)))
-    shuffled = tuple(_relaunched(draw, instance, bucket) for bucket in instance.buckets)
+    fused = tuple(_fused(draw, instance, bucket) for bucket in instance.buckets)
+    shuffled = tuple(_relaunched(draw, instance, bucket) for bucket in fused)
     # The calculator knows neither grouped adapters nor slowed compute: tests/test_cost_sharing.py has those.
     alone = tuple(dataclasses.replace(h, fuse_adapters=False) for h in instance.htasks)
     instance = dataclasses.replace(instance, buckets=shuffled, htasks=alone, comm_ctas=0)
@@ -106,6 +107,12 @@ def _partition(draw: st.DrawFn, items: list[Any]) -> list[list[Any]]:
     return [items[a:b] for a, b in zip([0, *cuts], [*cuts, len(items)], strict=True)]
 
 
+def _fused(draw: st.DrawFn, instance: Instance, bucket: Bucket) -> Bucket:
+    """The bucket, and where its hTasks hold a single task each perhaps with adapters fused across them."""
+    single = all(len(instance.htasks[h].tasks) == 1 for h in bucket.htasks)
+    return dataclasses.replace(bucket, adapter_fusion="bucket" if single and draw(st.booleans()) else "htask")
+
+
 def _relaunched(draw: st.DrawFn, instance: Instance, bucket: Bucket) -> Bucket:
     """The bucket with a random launch list for every stage and direction; each hTask's subgraphs stay in their order."""
     lists: list[LaunchList] = []
@@ -114,6 +121,8 @@ def _relaunched(draw: st.DrawFn, instance: Instance, bucket: Bucket) -> Bucket:
             rows = {h: [x for x in serial.launches if x.htask == h] for h in bucket.htasks}
             turns = draw(st.permutations([x.htask for x in serial.launches]))
             mixed: list[Launch] = [rows[h].pop(0) for h in turns]
+            if draw(st.booleans()):  # level by level, where adapters are neighbours
+                mixed.sort(key=lambda x: x.subgraph)
             lists.append(dataclasses.replace(serial, launches=tuple(mixed)))
     return dataclasses.replace(bucket, launches=tuple(lists))
 

@@ -16,7 +16,8 @@ from muxtune.sim.priced import PricedProgram, price
 from muxtune.sim.recurrence import recur
 from muxtune.sim.simulate import simulate
 from muxtune.sim.stage import StageCache
-from muxtune.spec.catalogue import StageContext, stage_subgraphs, subgraph_ops
+from muxtune.spec.catalogue import StageContext, subgraph_ops
+from muxtune.spec.isolated import launched_subgraphs, launched_together
 from muxtune.spec.memory import stage_context, static_bytes
 from muxtune.spec.ops import COLLECTIVES, Op
 from muxtune.spec.order import Template, eager
@@ -69,10 +70,17 @@ def test_every_instruction_and_every_launched_subgraph_runs_exactly_once(bounds:
     units = {w.key: w for w in bound.program.units}
     for rank, index, x in clocks(bound):
         context = site(bound, rank, x)
-        names = [s.name for s in stage_subgraphs(context.layout, context.stage, way(x))]
-        for batch in units[x.key].batches:
-            tasks = tuple(task for task, _, _ in batch.segments())
-            expected.update((rank, index, x.key, tasks, number, name) for number, name in enumerate(names))
+        isolated = bound.plan.instances[x.key.instance].buckets[x.key.bucket].adapter_fusion == "bucket"
+        subgraphs = launched_subgraphs(context.layout, context.stage, way(x), isolated)
+        tasks = {b.htask: tuple(task for task, _, _ in b.segments()) for b in units[x.key].batches}
+        place = (x.key.instance, x.key.bucket, context.stage, x.op)
+        (listed,) = [y for y in bound.program.launches if (y.instance, y.bucket, y.stage, y.direction) == place]
+        there = [launch for launch in listed.launches if launch.htask in tasks]
+        assert Counter((y.htask, y.subgraph) for y in there) == Counter(itertools.product(tasks, range(len(subgraphs))))
+        for run in launched_together(there, subgraphs):
+            carried = tuple(task for launch in run for task in tasks[launch.htask])
+            number = run[0].subgraph
+            expected[rank, index, x.key, carried, number, subgraphs[number].name] += 1
     inner = (s for s in timeline.spans if s.subgraph >= 0)
     assert Counter((s.rank, s.index, s.key, s.tasks, s.subgraph, s.op) for s in inner) == expected
 

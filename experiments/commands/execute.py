@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from muxtune.executor.checkpoint import Checkpoint, checkpoints, locked, newest_checkpoint
-from muxtune.executor.group import WorkerGroup
+from muxtune.executor.group import WorkerGroup, require_runnable
 from muxtune.executor.joined import open_group
 from muxtune.executor.layer_spec import LAYER_SPECS
 from muxtune.executor.messages import Unload
@@ -91,13 +91,8 @@ def run(
     traces += [output_file(output_folder(out) / "trace.json")] if out else []
     found = read_plan(plan)
     require_valid(found, seed, str(plan))
-    if found.sharing == "corun":
-        raise InputError(
-            f"{plan}: sharing `corun`: the executor runs one instance at a time on a device; plan again with sharing=sequence"
-        )
+    require_runnable(found, f"{plan}: ")
     ranks = _ranks(found)
-    if found.residency == "swapped":
-        raise InputError(f"{plan}: residency `swapped`: the executor keeps every backbone; use `resident`")
     bound = bind(found, seed=seed)
     _require_room(bound, device, ranks)
     require_reachable(options.changes, found, iterations)

@@ -13,6 +13,7 @@ from muxtune.spec.align import Batch
 from muxtune.spec.catalogue import StageContext, Way, stage_ops, stage_subgraphs, subgraph_ops
 from muxtune.spec.cluster import DeviceSpec, Link
 from muxtune.spec.errors import UnknownKeyError
+from muxtune.spec.isolated import gather, isolated_ops, isolated_subgraphs
 from muxtune.spec.noun import noun
 from muxtune.spec.ops import ADAPTER_SUM, ADAPTERS, COLLECTIVES, Op, collective_load, host
 from muxtune.spec.plan import COMM_CTAS
@@ -175,11 +176,23 @@ def total(cost: CostModel, device: DeviceSpec, ops: Iterable[Op], link: Link | N
     )
 
 
-def priced_groups(cost: CostModel, context: StageContext, batch: Batch, direction: Way) -> tuple[tuple[Op, ...], ...]:
-    """The operators of each subgraph of a stage by which a cost model prices it."""
+def priced_groups(
+    cost: CostModel, context: StageContext, batch: Batch, direction: Way, isolated: bool = False
+) -> tuple[tuple[Op, ...], ...]:
+    """The operators of each subgraph of a stage by which a cost model prices it; `isolated`: with adapters apart."""
     if direction == "backward" and getattr(cost, "backward_is_forward", False):
-        return _mirrored(context, batch)
-    return subgraph_ops(context, batch, direction)
+        return _mirrored_isolated(context, batch) if isolated else _mirrored(context, batch)
+    return isolated_ops(context, batch, direction) if isolated else subgraph_ops(context, batch, direction)
+
+
+def _mirrored_isolated(context: StageContext, batch: Batch) -> tuple[tuple[Op, ...], ...]:
+    """As `_mirrored`, with adapters apart."""
+    rows = stage_ops(context, batch)
+    subgraphs = isolated_subgraphs(context.layout, context.stage, "backward")
+    found = list(gather(subgraphs, {piece: (ops, ops[::-1]) for piece, ops, _ in rows}, "backward"))
+    last = max(s.index for s in subgraphs if s.collective is None)
+    found[last] += tuple(op for piece, ops, _ in rows if piece.name == "embed" for op in ops)
+    return tuple(found)
 
 
 def _mirrored(context: StageContext, batch: Batch) -> tuple[tuple[Op, ...], ...]:
