@@ -101,7 +101,8 @@ def test_neighbouring_launches_of_one_base_op_run_as_one() -> None:
         Launch(htask=h, subgraph=i, stream="compute") for h, i in ((0, 0), (1, 0), (0, adapters), (1, adapters))
     ]
     found = [
-        [x.htask for x in run] for run in launched_together([*launches, replace(launches[0], subgraph=adapters + 1)], subgraphs)
+        [x.htask for x in run]
+        for run in launched_together([*launches, replace(launches[0], subgraph=adapters + 1)], subgraphs)
     ]
     assert found == [[0], [1], [0, 1], [0]]
 

@@ -15,9 +15,10 @@ def test_recipe(name: str) -> None:
     checks = recipe.checks()
     assert checks
     assert recipe.SOURCE
-    missed = [f"{c.what}: expected {c.expected}, found {c.found:.4g}" for c in checks if not c.met]
-    assert not missed
+    missed = {c.what: f"expected {c.expected}, found {c.found:.4g}" for c in checks if not c.met}
+    assert set(missed) == set(recipe.MISSES), missed
     assert recipe.checks() == checks
+    assert (recipe.CALIBRATED is None) == (recipe.KIND != "calibrated")
 
 
 def test_a_check_is_met_within_its_range() -> None:

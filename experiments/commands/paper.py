@@ -26,6 +26,8 @@ def run(recipe: str | None = None, progress: Progress = silent) -> dict[str, Any
             "kind": made.KIND,
             "source": made.SOURCE,
             "assumes": list(made.ASSUMES),
+            "calibrated": made.CALIBRATED,
+            "misses": dict(made.MISSES),
             "checks": checks,
         }
     progress("paper", len(names), len(names))
@@ -40,6 +42,8 @@ def show(body: dict[str, Any]) -> str:
         rows = [
             [c["what"], c["expected"], f"{c['found']:.4g}", "yes" if c["met"] else "MISSED"] for c in recipe["checks"]
         ]
-        parts.append(table(["check", "expected", "found", "met"], rows, title=f"{name} ({recipe['kind']})"))
-        parts += [f"  source: {recipe['source']}", *(f"  assumes: {text}" for text in recipe["assumes"]), ""]
+        measured = {None: "", False: ", UNCALIBRATED", True: ", measured"}[recipe["calibrated"]]
+        parts.append(table(["check", "expected", "found", "met"], rows, title=f"{name} ({recipe['kind']}{measured})"))
+        parts += [f"  source: {recipe['source']}", *(f"  assumes: {text}" for text in recipe["assumes"])]
+        parts += [*(f"  missed: {what}: {cause}" for what, cause in recipe["misses"].items()), ""]
     return render(*parts, f"{body['checks'] - body['missed']} of {body['checks']} checks met")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from muxtune.spec.errors import UnknownKeyError
@@ -30,12 +32,15 @@ class Recipe:
     """One figure, table or law. A subclass states its source and what it assumes, and computes its checks.
 
     `KIND` (DESIGN §13): a law is exact; derived follows from shapes or published lengths; calibrated rests on a chosen
-    constant, so it proves a shape and not a truth.
+    constant, so it proves a shape and not a truth. `CALIBRATED` says whether its cost model was measured (None: no cost
+    model of a device enters). `MISSES` has the cause of each check, by what it says, that is known not to be met.
     """
 
     SOURCE = ""
     KIND: Literal["law", "derived", "calibrated"] = "law"
     ASSUMES: tuple[str, ...] = ()
+    CALIBRATED: bool | None = None
+    MISSES: Mapping[str, str] = MappingProxyType({})
 
     def checks(self) -> tuple[Check, ...]:
         """Run it; deterministic, seconds at most."""
