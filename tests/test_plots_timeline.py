@@ -158,3 +158,15 @@ def test_the_fullest_clock_has_the_most_htasks(timelines: dict[str, Timeline]) -
 
 def test_labels_are_readable_on_their_colour() -> None:
     assert (text_colour("#0072B2"), text_colour("#000000"), text_colour("#56B4E9")) == ("white", "white", "black")
+
+
+def test_boxes_of_a_cut_unit_name_their_chunk(timelines: dict[str, Timeline]) -> None:
+    whole = timelines["one rank"]
+    first = next(s for s in whole.spans if s.op == "forward")
+    cut = replace(
+        whole, spans=tuple(replace(s, key=replace(s.key, chunk=2)) if s.key == first.key else s for s in whole.spans)
+    )
+    found = [[text.get_text() for text in _pipeline(t).findobj(Text)] for t in (whole, cut)]  # type: ignore[attr-defined]
+    label = f"{first.key.bucket}.{first.key.unit}"
+    assert (label in found[0], f"{label}.2" in found[0], f"{label}.2" in found[1]) == (True, False, True)
+    assert ("numbers: bucket.unit" in found[0], "numbers: bucket.unit.chunk" in found[1]) == (True, True)

@@ -32,7 +32,7 @@ def draw_lanes(axes: Axes, timeline: Timeline, rows: Sequence[tuple[str, int]], 
     """One lane a row (label, rank); forwards and backwards carry bucket.unit where it fits."""
     origin_ns = min(s.start_ns for s in timeline.spans)
     begin_ns = step_begin_ns(timeline.spans)
-    several = len({s.key.instance for s in timeline.spans}) > 1
+    several, cut = _numbered(timeline)
     for place, (_, rank) in enumerate(rows):
         spans = timeline.instruction_spans(rank)
         boxes: dict[str, list[Box]] = {name: [] for name, _, _ in LANE_KINDS}
@@ -45,7 +45,7 @@ def draw_lanes(axes: Axes, timeline: Timeline, rows: Sequence[tuple[str, int]], 
             axes.broken_barh(wide, (place - 0.42, 0.84), facecolors=colour, edgecolor="white", linewidths=lines)
         for span in spans:
             width_ms = span.duration_ns / NS_PER_MS
-            label = f"{span.key.instance}:" * several + f"{span.key.bucket}.{span.key.unit}"
+            label = f"{span.key.instance}:" * several + f"{span.key.bucket}.{span.key.unit}" + f".{span.key.chunk}" * cut
             if span.op in ("forward", "backward") and fits(label, width_ms * points_per_ms):
                 middle = ((span.start_ns - origin_ns) / NS_PER_MS + width_ms / 2, place)
                 axes.text(*middle, label, ha="center", va="center", fontsize=LABEL_POINTS, clip_on=True)
@@ -64,10 +64,15 @@ def _parts(span: Span, begin_ns: int) -> Iterator[tuple[str, int, int]]:
         yield kind, span.start_ns, span.end_ns
 
 
+def _numbered(timeline: Timeline) -> tuple[bool, bool]:
+    """Whether boxes need the number of their instance, and of their chunk."""
+    return len({s.key.instance for s in timeline.spans}) > 1, any(s.key.chunk for s in timeline.spans)
+
+
 def legend_handles(timeline: Timeline) -> list[Patch]:
     """The kinds, idle, and what the numbers say."""
     handles = [Patch(facecolor=colour, label=name) for name, _, colour in LANE_KINDS]
     handles.append(Patch(facecolor="white", edgecolor="#BBBBBB", label="idle"))
-    several = len({s.key.instance for s in timeline.spans}) > 1
-    note = "numbers: instance:bucket.unit" if several else "numbers: bucket.unit"
+    several, cut = _numbered(timeline)
+    note = "numbers: " + "instance:" * several + "bucket.unit" + ".chunk" * cut
     return [*handles, Patch(facecolor="none", edgecolor="none", label=note)]
