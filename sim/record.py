@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, pairwise, repeat
 from typing import Any
 
@@ -19,15 +19,18 @@ from muxtune.spec.units import NS_PER_S
 
 @noun
 class _Shape:
-    """Columns that an instruction's spans share with those of an equal one: the instruction first, then its subgraphs."""
+    """Columns that an instruction's spans share with those of an equal one: the instruction first, then its subgraphs.
+
+    `starts_ns` and `ends_ns` count from the start of the clock.
+    """
 
     stream: tuple[str, ...]
     op: tuple[str, ...]
     subgraph: tuple[int, ...]
     host_wait_ns: tuple[int, ...]
-    htasks: tuple[tuple[int, ...], ...] = ()
-    starts_ns: tuple[int, ...] = ()
-    ends_ns: tuple[int, ...] = ()
+    htasks: tuple[tuple[int, ...], ...]
+    starts_ns: tuple[int, ...]
+    ends_ns: tuple[int, ...]
 
 
 def outline(bound: Bound, priced: PricedProgram, times: RunTimes) -> Timeline:
@@ -40,7 +43,9 @@ def outline(bound: Bound, priced: PricedProgram, times: RunTimes) -> Timeline:
 def record(bound: Bound, priced: PricedProgram, times: RunTimes) -> Timeline:
     """The predicted Timeline: instructions, the subgraphs inside them, memory, power, and the Program's digest."""
     program = bound.program
-    samples = [memory_samples(bound, place, times) for place in range(len(times))]
+    rows = zip(program.ranks, priced.ranks, times, strict=True)
+    shapes = memory_shapes(bound)
+    samples = [memory_samples(bound, listing, costs.units, shapes, moments) for listing, costs, moments in rows]
     return Timeline(
         source="sim",
         program_digest=program.digest(),
@@ -56,7 +61,7 @@ def record(bound: Bound, priced: PricedProgram, times: RunTimes) -> Timeline:
 def _spans(bound: Bound, priced: PricedProgram, times: RunTimes, *, detailed: bool) -> tuple[Span, ...]:
     recorder = _Recorder(bound, detailed)
     rows = zip(bound.program.ranks, priced.ranks, times, strict=True)
-    return tuple(span for row in rows for span in recorder.rank_spans(*row))
+    return tuple(chain.from_iterable(recorder.rank_spans(*row) for row in rows))
 
 
 class _Recorder:
@@ -67,7 +72,10 @@ class _Recorder:
         found = [{b.htask: tuple(t for t, _, _ in b.segments()) for b in w.batches} for w in bound.program.units]
         self.htask_tasks = found
         self.unit_tasks = [tuple(t for tasks in each.values() for t in tasks) for each in found]
+        numbers: dict[tuple[object, ...], int] = {}
+        self.alike = [numbers.setdefault(tuple(each.items()), len(numbers)) for each in found]
         self.shapes: dict[tuple[object, ...], _Shape] = {}
+        self.known_tasks: dict[tuple[int, int], list[tuple[str, ...]]] = {}
 
     def rank_spans(self, listing: RankProgram, costs: PricedRank, moments: Sequence[tuple[int, int]]) -> list[Span]:
         """Every span of a rank, each instruction's before those of its subgraphs."""
@@ -75,29 +83,28 @@ class _Recorder:
         tasks: list[tuple[str, ...]] = []
         starts_ns: list[int] = []
         ends_ns: list[int] = []
+        known: dict[int, _Shape] = {}
         rows = zip(listing.instructions, costs.instructions, costs.units, moments, strict=True)
         for x, cost, unit, (start_ns, end_ns) in rows:
-            run = cost.run if self.detailed else None
-            shape = self._shape(listing.rank, x, run)
+            shape = known.get(id(cost))
+            if shape is None:
+                shape = known[id(cost)] = self._shape(listing.rank, x, cost.run if self.detailed else None)
             shapes.append(shape)
-            tasks.append((x.task,) if x.task is not None else self.unit_tasks[unit])
+            tasks += [(x.task,)] if x.task is not None else self._tasks(shape, unit)
             starts_ns.append(start_ns)
             ends_ns.append(end_ns)
-            if run is not None:
-                of = self.htask_tasks[unit]
-                tasks += [
-                    tuple(t for h in htasks for t in of[h]) if len(htasks) > 1 else of[htasks[0]]
-                    for htasks in shape.htasks
-                ]
-                # The instruction's own host work comes before its clock.
-                base_ns = end_ns - run.duration_ns
-                if end_ns - start_ns == cost.duration_ns:
-                    starts_ns += [base_ns + ns for ns in shape.starts_ns]
-                    ends_ns += [base_ns + ns for ns in shape.ends_ns]
-                else:
-                    first_ns, moment = cost.duration_ns - run.duration_ns, (start_ns, end_ns)
-                    starts_ns += [stretched(first_ns + ns, cost, moment) for ns in shape.starts_ns]
-                    ends_ns += [stretched(first_ns + ns, cost, moment) for ns in shape.ends_ns]
+            if not shape.starts_ns:
+                continue
+            assert cost.run is not None
+            # The instruction's own host work comes before its clock.
+            base_ns = end_ns - cost.run.duration_ns
+            if end_ns - start_ns == cost.duration_ns:
+                starts_ns += [base_ns + ns for ns in shape.starts_ns]
+                ends_ns += [base_ns + ns for ns in shape.ends_ns]
+            else:
+                first_ns, moment = cost.duration_ns - cost.run.duration_ns, (start_ns, end_ns)
+                starts_ns += [stretched(first_ns + ns, cost, moment) for ns in shape.starts_ns]
+                ends_ns += [stretched(first_ns + ns, cost, moment) for ns in shape.ends_ns]
         counts = [len(shape.subgraph) for shape in shapes]
         shared = {name: _joined(getattr(shape, name) for shape in shapes) for name in SHARED}
         own = {
@@ -107,6 +114,18 @@ class _Recorder:
         }
         times = {"tasks": tasks, "start_ns": starts_ns, "end_ns": ends_ns}
         return nouns(Span, len(tasks), rank=listing.rank, **shared, **own, **times)
+
+    def _tasks(self, shape: _Shape, unit: int) -> list[tuple[str, ...]]:
+        """Tasks of an instruction's spans; units that hold the same tasks share them."""
+        place = (id(shape), self.alike[unit])
+        if place not in self.known_tasks:
+            of = self.htask_tasks[unit]
+            inner = [
+                of[htasks[0]] if len(htasks) == 1 else tuple(t for h in htasks for t in of[h])
+                for htasks in shape.htasks
+            ]
+            self.known_tasks[place] = [self.unit_tasks[unit], *inner]
+        return self.known_tasks[place]
 
     def _shape(self, rank: int, x: Instruction, run: StageRun | None) -> _Shape:
         """Columns of an instruction; a stage run (which the caller keeps alive) has its own."""
@@ -141,20 +160,29 @@ def _joined(parts: Iterable[Iterable[Any]]) -> list[Any]:
     return list(chain.from_iterable(parts))
 
 
-def memory_samples(bound: Bound, place: int, times: RunTimes) -> list[MemorySample]:
-    """Bytes in use on the rank at `place` in the Program, from the start and the end of each instruction on."""
-    listing = bound.program.ranks[place]
+def memory_samples(
+    bound: Bound,
+    listing: RankProgram,
+    units: Sequence[int],
+    shapes: Sequence[int],
+    moments: Sequence[tuple[int, int]],
+) -> list[MemorySample]:
+    """Bytes in use on a rank from the start and the end of each instruction on.
+
+    `units` has the place of each instruction's unit in the Program, `shapes` the number of every unit's shape there.
+    """
     walk = MemoryWalk(bound, listing.rank)
     at_ns, in_use = [0], [walk.static_bytes]
     if len(listing.starts) > 1:
-        for time_ns, index, begins in in_time_order(times[place]):
+        for time_ns, index, begins in in_time_order(moments):
             (walk.begin if begins else walk.end)(listing.instructions[index])
             at_ns.append(time_ns)
             in_use.append(walk.in_use())
     else:
-        for x, moment in zip(listing.instructions, times[place], strict=True):
+        now_bytes = walk.static_bytes
+        for (during, after), moment in zip(_memory_changes(walk, listing, units, shapes), moments, strict=True):
             at_ns += moment
-            in_use += walk.step(x)
+            in_use += (now_bytes + during, now_bytes := now_bytes + after)
     changes = [0, *(i + 1 for i, (before, after) in enumerate(pairwise(in_use)) if before != after)]
     return nouns(
         MemorySample,
@@ -163,6 +191,33 @@ def memory_samples(bound: Bound, place: int, times: RunTimes) -> list[MemorySamp
         time_ns=[at_ns[i] for i in changes],
         in_use_bytes=[in_use[i] for i in changes],
     )
+
+
+def memory_shapes(bound: Bound) -> list[int]:
+    """For each unit of a Program a number; units of one number need the same bytes. Chunks hold each other's: none are alike."""
+    works = bound.program.units
+    if any(w.key.chunk for w in works):
+        return list(range(len(works)))
+    numbers: dict[object, int] = {}
+    return [numbers.setdefault((w.key.instance, *(b.segments() for b in w.batches)), len(numbers)) for w in works]
+
+
+def _memory_changes(
+    walk: MemoryWalk, listing: RankProgram, units: Sequence[int], shapes: Sequence[int]
+) -> Iterator[tuple[int, int]]:
+    """(bytes that an instruction adds while it runs, and for good), in order; one unit of each shape is walked for them."""
+    walked: dict[int, int] = {}
+    known: dict[object, tuple[int, int]] = {}
+    kinds: list[object] = []
+    for x, unit in zip(listing.instructions, units, strict=True):
+        shape = shapes[unit] if unit >= 0 else -1
+        kind = (x.op, x.payload, x.size_bytes, shape)
+        kinds.append(kind)
+        if unit >= 0 and walked.setdefault(shape, unit) == unit:
+            before_bytes = walk.in_use()
+            during_bytes, after_bytes = walk.step(x)
+            known[kind] = (during_bytes - before_bytes, after_bytes - before_bytes)
+    return (known.get(kind, (0, 0)) for kind in kinds)
 
 
 def power_samples(priced: PricedProgram, times: RunTimes, idle_w: float) -> tuple[PowerSample, ...]:
