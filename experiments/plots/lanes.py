@@ -45,7 +45,9 @@ def draw_lanes(axes: Axes, timeline: Timeline, rows: Sequence[tuple[str, int]], 
             axes.broken_barh(wide, (place - 0.42, 0.84), facecolors=colour, edgecolor="white", linewidths=lines)
         for span in spans:
             width_ms = span.duration_ns / NS_PER_MS
-            label = f"{span.key.instance}:" * several + f"{span.key.bucket}.{span.key.unit}" + f".{span.key.chunk}" * cut
+            label = (
+                f"{span.key.instance}:" * several + f"{span.key.bucket}.{span.key.unit}" + f".{span.key.chunk}" * cut
+            )
             if span.op in ("forward", "backward") and fits(label, width_ms * points_per_ms):
                 middle = ((span.start_ns - origin_ns) / NS_PER_MS + width_ms / 2, place)
                 axes.text(*middle, label, ha="center", va="center", fontsize=LABEL_POINTS, clip_on=True)
