@@ -180,7 +180,7 @@ def test_what_is_refused(tiny_state: Any, tiny_workload: Any) -> None:
     _, fused = plans(tiny_state, tiny_workload(2), Halves(), tp=2)
     (instance,) = fused.instances
     with pytest.raises(InputError, match="adapter_fusion `bucket`: the executor launches adapters with their hTask"):
-        require_runnable(instance)
+        require_runnable(fused)
     both = replace(instance.htasks[0], tasks=instance.tasks)
     wrong = replace(fused, instances=(replace(instance, htasks=(both, instance.htasks[1])),))
     assert any("only hTasks of a single task share adapter launches" in p for p in check(wrong))

@@ -18,7 +18,7 @@ from muxtune.policies.base import make_policy
 from muxtune.sim.corun import MOMENTS, Beside, make_load
 from muxtune.sim.cost.base import Cost
 from muxtune.sim.cost.interference import CoRun, CoRunGrid, Interference
-from muxtune.sim.cost.roofline import Roofline
+from muxtune.sim.cost.roofline import Roofline, attainable_ns
 from muxtune.sim.pipeline import run_pipeline
 from muxtune.sim.priced import Priced, PricedProgram, price
 from muxtune.sim.simulate import estimate, simulate
@@ -83,6 +83,21 @@ def test_slowdown_by_hand() -> None:
     guess = default.slowed(load, (other,))
     assert 500 < guess.duration_ns <= 500 + 300 // 2
     assert guess.default_ns == pytest.approx(guess.duration_ns - 500, abs=1)
+
+
+@given(
+    calls=st.lists(
+        st.tuples(st.sampled_from((64, 512, 4096)), st.sampled_from((16, 512, 4096)), st.sampled_from((512, 4096))),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_the_default_never_gives_more_than_the_device_has(calls: list[tuple[int, int, int]]) -> None:
+    """Operators at once, each at the rate that the others leave it, move no more bytes a second than the device can."""
+    running = [ops.linear(tokens, (k, n), False, "forward", "bf16", 2) for tokens, k, n in calls]
+    bandwidth = 0.75 * A40.bandwidth_bytes_per_s
+    times_s = [attainable_ns(op, A40, tuple(running[:i] + running[i + 1 :])) / 1e9 for i, op in enumerate(running)]
+    assert sum(op.moved_bytes / s for op, s in zip(running, times_s, strict=True)) <= bandwidth * (1 + 1e-9)
 
 
 def at_once(plan: Plan) -> Plan:
@@ -360,7 +375,7 @@ def test_the_baselines_from_the_command_line(tmp_path: Path, tiny_state: Any, ti
         body = simulate_command.run(tmp_path / "plan.json")
         assert (body["sharing"], body["corun_default_fraction"]) == ("corun", pytest.approx(1.0, abs=0.01))
         assert f"{policy}: instances run at once on a device and take" in simulate_command.show(body)
-        with pytest.raises(InputError, match="sharing `corun`: the executor runs one instance at a time"):
+        with pytest.raises(InputError, match="sharing `corun`: the executor runs instances in turn"):
             execute.run(tmp_path / "plan.json")
     with pytest.raises(InputError, match="what runs at once stays in memory"):
         make_policy("hf-peft:sharing=corun,residency=swapped", Roofline())

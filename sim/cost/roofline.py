@@ -79,13 +79,26 @@ class Roofline(CostBase):
 def attainable_ns(op: Op, device: DeviceSpec, share: tuple[Op, ...] = ()) -> float:
     """Time that an operator takes at the attainable fractions of a device's peaks; above 0 for non-zero work.
 
-    Operators of `share` take turns with it where both would keep more than the whole device busy.
+    Operators of `share` take turns with it where together they would keep more than all SMs, or more than the whole
+    bandwidth, busy.
     """
+    compute_s, memory_s = _seconds(op, device, share)
+    beside = [x for x in (op, *share) if x.family != "collective_load"] if share else []
+    busy = max(1.0, sum(utilisation(x, device) for x in beside), sum(_bandwidth_share(x, device) for x in beside))
+    return max(compute_s, memory_s) * NS_PER_S * busy
+
+
+def _seconds(op: Op, device: DeviceSpec, share: tuple[Op, ...] = ()) -> tuple[float, float]:
+    """Time by flops and time by bytes, with what collectives leave of the device."""
     compute_left, memory_left = _left(device, share)
     compute_s = taken_flops(op, device) / (device.peak_flops(op.dtype) * COMPUTE_FRACTION * compute_left)
-    memory_s = op.moved_bytes / (device.bandwidth_bytes_per_s * BANDWIDTH_FRACTION * memory_left)
-    busy = sum(utilisation(x, device) for x in (op, *share) if x.family != "collective_load")
-    return max(compute_s, memory_s) * NS_PER_S * (max(1.0, busy) if share else 1.0)
+    return compute_s, op.moved_bytes / (device.bandwidth_bytes_per_s * BANDWIDTH_FRACTION * memory_left)
+
+
+def _bandwidth_share(op: Op, device: DeviceSpec) -> float:
+    """Share of the attainable bandwidth that an operator takes alone: 1 where it is bound by it."""
+    compute_s, memory_s = _seconds(op, device)
+    return memory_s / max(compute_s, memory_s) if memory_s else 0.0
 
 
 def slowdown(op: Op, device: DeviceSpec, share: tuple[Op, ...]) -> float:
