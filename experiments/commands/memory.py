@@ -22,8 +22,9 @@ def memory_rows(bound: Bound, timeline: Timeline | None = None) -> list[dict[str
         if timeline:
             mine = [s for s in timeline.memory if s.rank == peak.rank]
             highest = max(mine, key=lambda s: s.in_use_bytes)
-            # Of lists that run at once the peak is a bound that the timeline need not reach.
-            row |= {"time_ns": highest.time_ns, "simulated_peak_bytes": highest.in_use_bytes}
+            row["time_ns"] = highest.time_ns
+            if peak.lists > 1:  # the peak is a bound that the timeline need not reach
+                row["simulated_peak_bytes"] = highest.in_use_bytes
         rows.append({**row, "footprint": plain(peak.footprint)})
     return rows
 
