@@ -207,9 +207,13 @@ def require_runnable(plan: Plan, source: str = "") -> None:
         InputError: names the feature and the way round it.
     """
     if plan.residency == "swapped":
-        raise InputError(f"{source}residency `swapped`: the executor keeps every backbone: plan again with residency=resident")
+        raise InputError(
+            f"{source}residency `swapped`: the executor keeps every backbone: plan again with residency=resident"
+        )
     if plan.sharing == "corun":
-        raise InputError(f"{source}sharing `corun`: the executor runs instances in turn: plan again with sharing=sequence")
+        raise InputError(
+            f"{source}sharing `corun`: the executor runs instances in turn: plan again with sharing=sequence"
+        )
     for instance in plan.instances:
         if any(bucket.adapter_fusion == "bucket" for bucket in instance.buckets):
             raise InputError(
