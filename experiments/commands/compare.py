@@ -128,7 +128,7 @@ def _answers(problems: Sequence[Problem], names: Sequence[str], jobs: int) -> It
     if jobs == 1:
         for problem in problems:
             alone = problem.alone()
-            yield from (_answer(problem, name, alone) for name in names)
+            yield from (answer(problem, name, alone) for name in names)
         return
     work = [(problem, name) for problem in problems for name in names]
     # Spawned, not forked: a bar's thread may hold a lock while this process is copied.
@@ -138,10 +138,10 @@ def _answers(problems: Sequence[Problem], names: Sequence[str], jobs: int) -> It
 
 def _answer_of(work: tuple[Problem, str]) -> Answered:
     problem, name = work
-    return _answer(problem, name, problem.alone())
+    return answer(problem, name, problem.alone())
 
 
-def _answer(problem: Problem, name: str, alone: Alone) -> Answered:
+def answer(problem: Problem, name: str, alone: Alone) -> Answered:
     """A policy's row; whatever it raises is its reason, so that one broken policy does not stop the others."""
     try:
         plan = with_alone(timed_plan(make_policy(name, problem.cost), problem.state(), problem.choices), alone)

@@ -76,6 +76,11 @@ def read_workload(path: Path) -> Workload:
     data = read_data(path)
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected a mapping with model and tasks")
+    return workload_of(data, path)
+
+
+def workload_of(data: dict[str, Any], path: Path) -> Workload:
+    """The workload of a file's data; see `read_workload`."""
     file = validate(WorkloadFile, {**data, "model": _model(data.get("model"), path)}, str(path))
     datasets: dict[str, LengthDistribution] = {}
     tasks: list[Task] = []
