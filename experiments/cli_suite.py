@@ -19,7 +19,7 @@ def suite(
         typer.Argument(metavar="[DIR]", help="Folder of cases (docs/files.md).  [default: the suite that comes along]"),
     ] = None,
     policies: Annotated[
-        str, typer.Option("--policies", metavar="A,B,...", help="Policies separated by commas.  [default: twelve]")
+        str, typer.Option("--policies", metavar="A,B,...", help="Policies separated by commas.  [default: thirteen of them]")
     ] = "",
     policy: Annotated[
         list[str] | None,
@@ -27,7 +27,7 @@ def suite(
     ] = None,
     cost: opt.Cost = "roofline",
     allow_extrapolation: opt.Extrapolate = False,
-    draws: opt.Draws = 8,
+    draws: opt.Draws = 2,
     jobs: opt.Jobs = 1,
     seed: opt.Seed = 0,
     out: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 from typing import Literal
 
 from muxtune.policies.base import Policy, SystemState
@@ -72,6 +73,14 @@ def _content(instance: Instance) -> object:
 
 
 @noun
+class Draft:
+    """A candidate that can be built, and its eager template: its makespan is a cheap guess, communication left out."""
+
+    candidate: Candidate
+    template: Template
+
+
+@noun
 class Built:
     """A candidate's plan, and the time of its eager template: a cheap guess of the iteration, communication left out."""
 
@@ -87,31 +96,37 @@ class Builder:
         self.surrogates: dict[tuple[LayoutChoice, Alignment, int], Surrogate] = {}
 
     def build(self, candidate: Candidate, template: Template | None = None) -> Built | None:
-        """The plan; None if a unit alone does not fit, or a shape lies outside what the cost model answers for.
+        """The plan at once; `template` is its eager order, where that is known."""
+        draft = self.draft(candidate, template)
+        return None if draft is None else Built(plan=self.plan(draft), makespan_ns=draft.template.makespan_ns)
 
-        `template` is its eager order, where that is known.
-        """
-        choice = candidate.choice
-        state = replace(self.state, layout=choice.layout, microbatches=choice.microbatches)
-        surrogate = self.surrogate(state, candidate)
+    def draft(self, candidate: Candidate, template: Template | None = None) -> Draft | None:
+        """None if a unit alone does not fit, or a shape lies outside what the cost model answers for."""
+        surrogate = self.surrogate(self._state(candidate), candidate)
         groups = tuple(h for bucket in candidate.buckets for h in bucket)
         if not all(surrogate.admits(h) for h in groups):
             return None
-        instance = _instance(state, candidate)
-        template = template or eager_template(surrogate, groups, tuple(b.htasks for b in instance.buckets))
-        if template is None:
-            return None
+        template = template or eager_template(surrogate, groups, _numbered(candidate))
+        return None if template is None else Draft(candidate=candidate, template=template)
+
+    def plan(self, draft: Draft) -> Plan:
+        """The plan that a draft stands for."""
+        candidate, surrogate = draft.candidate, self.surrogate(self._state(draft.candidate), draft.candidate)
+        instance = _instance(self._state(candidate), candidate)
         if candidate.order == "round-robin":
             instance = replace(instance, feed=round_robin(instance.buckets))
         elif candidate.order == "eager":
-            instance = replace(instance, order="explicit", orders=template.orders)
+            instance = replace(instance, order="explicit", orders=draft.template.orders)
         buckets = tuple(_launched(surrogate, instance, bucket) for bucket in instance.buckets)
-        plan = make_plan(self.policy, self.key, self.state, [replace(instance, buckets=buckets)])
-        return Built(plan=plan, makespan_ns=template.makespan_ns)
+        return make_plan(self.policy, self.key, self.state, [replace(instance, buckets=buckets)])
 
     def signature(self) -> MadeBy:
         """Who made the plans."""
         return make_plan(self.policy, self.key, self.state, []).made_by
+
+    def _state(self, candidate: Candidate) -> SystemState:
+        choice = candidate.choice
+        return replace(self.state, layout=choice.layout, microbatches=choice.microbatches)
 
     def surrogate(self, state: SystemState, candidate: Candidate) -> Surrogate:
         """Latencies and bytes under a candidate's layout, C and alignment."""
@@ -123,11 +138,13 @@ class Builder:
 
 def _instance(state: SystemState, candidate: Candidate) -> Instance:
     groups = [h for bucket in candidate.buckets for h in bucket]
-    indices, start = [], 0
-    for bucket in candidate.buckets:
-        indices.append(list(range(start, start + len(bucket))))
-        start += len(bucket)
-    return make_instance(state, "shared", groups, indices, candidate.alignment, candidate.chunk_tokens)
+    return make_instance(state, "shared", groups, _numbered(candidate), candidate.alignment, candidate.chunk_tokens)
+
+
+def _numbered(candidate: Candidate) -> tuple[tuple[int, ...], ...]:
+    """hTasks of each bucket by their place among all."""
+    ends = [*accumulate(len(bucket) for bucket in candidate.buckets)]
+    return tuple(tuple(range(end - len(b), end)) for b, end in zip(candidate.buckets, ends, strict=True))
 
 
 def _launched(surrogate: Surrogate, instance: Instance, bucket: Bucket) -> Bucket:

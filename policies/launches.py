@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 from muxtune.policies.stage_latency import DIRECTIONS, Direction
 from muxtune.policies.surrogate import Surrogate
@@ -22,9 +23,15 @@ def launch_lists(
             launched = [0] * len(chains)
             for c, depth in launch_order(chains, surrogate.rule):
                 for stream in ("compute", "comm") if chains[c][depth].collective else ("compute",):
-                    launches.append(Launch(htask=htasks[c], subgraph=launched[c], stream=stream))  # type: ignore[arg-type]
+                    launches.append(_launch(htasks[c], launched[c], stream))
                     launched[c] += 1
             yield LaunchList(stage=stage, direction=direction, launches=tuple(launches))
+
+
+@lru_cache(maxsize=1 << 16)
+def _launch(htask: int, subgraph: int, stream: str) -> Launch:
+    """The same launches occur in every list: one object each."""
+    return Launch(htask=htask, subgraph=subgraph, stream=stream)  # type: ignore[arg-type]
 
 
 def unit_ns(

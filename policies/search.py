@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from muxtune.policies.base import Policy, SystemState, make_policy, policies, require_evaluate
-from muxtune.policies.candidates import Builder, Candidate, candidate_of
+from muxtune.policies.candidates import Builder, Candidate, Draft, candidate_of
 from muxtune.policies.moves import Freedom, chunk_sizes, neighbour
 from muxtune.spec.align import ALIGNMENTS, Alignment
 from muxtune.spec.errors import InfeasibleError, NoAnswerError
@@ -189,20 +189,23 @@ class _Run:
 
     def _proposal(self, current: Candidate) -> tuple[Candidate, Plan] | None:
         """The most promising of a few new neighbours; None if none of them is new and can be built."""
-        built: list[tuple[int, int, Candidate, Plan]] = []
+        drafts: list[tuple[int, int, Draft]] = []
         for index in range(PROPOSALS):
             candidate = neighbour(current, self.freedom, self.rng)
             if candidate in self.seen:
                 continue
             try:
-                found = self.builder.build(candidate)
+                found = self.builder.draft(candidate)
             except NoAnswerError:
                 found = None
             if found is None:
                 self.seen[candidate] = None
             else:
-                built.append((found.makespan_ns, index, candidate, found.plan))
-        return min(built, key=lambda x: x[:2])[2:] if built else None
+                drafts.append((found.template.makespan_ns, index, found))
+        if not drafts:
+            return None
+        best = min(drafts, key=lambda x: x[:2])[2]
+        return best.candidate, self.builder.plan(best)
 
     def best_plan(self) -> Plan:
         """The best plan, signed; its record says what the starts reached and why the search ended."""

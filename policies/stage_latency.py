@@ -135,7 +135,8 @@ class StageLatency:
         self.sums: dict[tuple[tuple[Op, ...], tuple[Op, ...]], int] = {}
         self.frozen: dict[tuple[int, Runs, int, Direction], tuple[int, ...]] = {}
         self.adapter: dict[tuple[PeftSpec, int, Direction], tuple[TargetCosts, TargetCosts]] = {}
-        self.chains: dict[tuple[int, Shape, Direction, bool], Chain] = {}
+        self.chains: dict[tuple[object, ...], Chain] = {}
+        self.pefts = {t.task_id: self.inner.peft(t.task_id) for t in workload.tasks}
 
     def latency_ns(self, shape: Shape, direction: Direction) -> tuple[int, ...]:
         """Time of a micro-batch on each stage, nothing beside it; a CPU's host time counts as compute."""
@@ -161,20 +162,33 @@ class StageLatency:
 
         `isolated`: with adapters as nodes of their own.
         """
-        key = (stage, shape, direction, isolated)
+        # Stages of one kind and depth, and tasks of equal adapters, launch the same.
+        parts = tuple((self.pefts[task], rows, length) for task, rows, length in shape.parts)
+        depth = self.layout.layers_per_stage[stage]
+        kind = stage_kind(self.contexts[stage])
+        key = (kind, depth, shape if shape.rows else parts, direction, isolated)
         if key not in self.chains:
-            nodes: list[Node] = []
-            groups = priced_groups(self.cost, self.contexts[stage], shape.row_batch(), direction, isolated)
-            subgraphs = launched_subgraphs(self.layout, stage, direction, isolated)
-            for subgraph, group in zip(subgraphs, groups, strict=True):
-                ops = (host("launch", direction), *group)
-                if subgraph.kind == "collective":
-                    nodes[-1] = replace(nodes[-1], collective=True, comm_ns=self._sum_ns(ops))
-                else:
-                    node = Node(compute_ns=self._sum_ns(ops), shared_ns=self._sum_ns(ops, self.load))
-                    nodes.append(self._adapters_node(node, group) if subgraph.adapters else node)
-            self.chains[key] = tuple(nodes)
+            self.chains[key] = self._chain(stage, shape, direction, isolated)
         return self.chains[key]
+
+    def _chain(self, stage: int, shape: Shape, direction: Direction, isolated: bool) -> Chain:
+        nodes: list[Node] = []
+        known: dict[tuple[int, ...], tuple[int, int]] = {}
+        groups = priced_groups(self.cost, self.contexts[stage], shape.row_batch(), direction, isolated)
+        subgraphs = launched_subgraphs(self.layout, stage, direction, isolated)
+        for subgraph, group in zip(subgraphs, groups, strict=True):
+            # Equal layers share their operators: no need to compare them one by one.
+            place = tuple(map(id, group))
+            if place not in known:
+                ops, collective = (host("launch", direction), *group), subgraph.kind == "collective"
+                known[place] = self._sum_ns(ops), 0 if collective else self._sum_ns(ops, self.load)
+            alone_ns, shared_ns = known[place]
+            if subgraph.kind == "collective":
+                nodes[-1] = replace(nodes[-1], collective=True, comm_ns=alone_ns)
+            else:
+                node = Node(compute_ns=alone_ns, shared_ns=shared_ns)
+                nodes.append(self._adapters_node(node, group) if subgraph.adapters else node)
+        return tuple(nodes)
 
     def _adapters_node(self, node: Node, ops: Sequence[Op]) -> Node:
         """How the adapters of one BaseOp share a launch with those of other hTasks (`grouped`)."""

@@ -50,9 +50,17 @@ def eager_template(surrogate: Surrogate, groups: Partition, buckets: Buckets) ->
     held: dict[tuple[int, ChunkKey], int] = {}
     transient: dict[tuple[int, ChunkKey], int] = {}
     latency: dict[tuple[int, ChunkKey, str], int] = {}
+    like: dict[tuple[int, ...], ChunkKey] = {}
     for key, members in units.items():
         costs = [x for x in (surrogate.microbatch(tasks, *key[1:]) for tasks in members) if x is not None]
+        # Micro-batches of equal samples are one object.
+        same = like.setdefault((key[0], *map(id, costs)), key)
         for s in range(surrogate.stages):
+            if same != key:
+                held[s, key], transient[s, key] = held[s, same], transient[s, same]
+                for direction in DIRECTIONS:
+                    latency[s, key, direction] = latency[s, same, direction]
+                continue
             held[s, key] = sum(x.held_bytes[s] for x in costs)
             transient[s, key] = surrogate.transient_bytes(costs, s)
             for direction in DIRECTIONS:

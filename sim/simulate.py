@@ -26,7 +26,7 @@ from muxtune.spec.check import require_valid
 from muxtune.spec.errors import InputError
 from muxtune.spec.estimate import Estimate, Share, TaskStep
 from muxtune.spec.flops import useful_flops
-from muxtune.spec.memory import rank_peaks
+from muxtune.spec.memory import RankPeak, rank_peaks
 from muxtune.spec.metrics import TaskPace, bubble_fraction, task_paces
 from muxtune.spec.noun import noun
 from muxtune.spec.plan import Plan
@@ -120,15 +120,30 @@ def estimate(
         raise InputError(f"draws={draws}: must be at least 1")
     covered = math.lcm(*(i.steps for i in plan.instances))
     whole = -(-steps // covered) * covered
-    varlen = any(h.alignment == "varlen" for i in plan.instances for h in i.htasks)
     shared = StageCache(cost, recur_blocks) if cache is None else cache
+    first = bind(plan, seed=seed, steps=whole)
+    return _estimated(plan, cost, seed, draws, shared, first, rank_peaks(first))
+
+
+def _estimated(
+    plan: Plan,
+    cost: CostModel,
+    seed: int,
+    draws: int,
+    cache: StageCache,
+    first: Bound,
+    first_peaks: Sequence[RankPeak],
+) -> Estimate:
+    """`estimate` from its first draw and that one's memory."""
+    varlen = any(h.alignment == "varlen" for i in plan.instances for h in i.htasks)
+    steps = first.program.steps
     runs: list[_Run] = []
     for draw in range(draws if varlen else 1):
-        bound = bind(plan, seed=seed, steps=whole, first_step=draw * whole)
-        priced = price(bound, cost, shared)
+        bound = bind(plan, seed=seed, steps=steps, first_step=draw * steps) if draw else first
+        priced = price(bound, cost, cache)
         times = run_pipeline(priced)[0] if priced.beside else recur(priced)
         timeline = outline(bound, priced, times)
-        peaks = tuple(p.peak_bytes for p in rank_peaks(bound))
+        peaks = tuple(p.peak_bytes for p in (rank_peaks(bound) if draw else first_peaks))
         runs.append(_Run(bound=bound, priced=priced, timeline=timeline, peak_bytes=peaks, lost=lost(priced, times)))
     return _summary(runs, cost)
 
@@ -141,8 +156,8 @@ def make_evaluate(cost: CostModel, seed: int, draws: int = 8) -> Callable[[Plan]
     cache = StageCache(cost, recur_blocks)
 
     def evaluate(plan: Plan) -> Estimate:
-        require_valid(plan, seed)
-        return estimate(plan, cost, seed, draws, cache=cache)
+        # The Program that is checked is the first draw.
+        return _estimated(plan, cost, seed, draws, cache, *require_valid(plan, seed))
 
     return evaluate
 

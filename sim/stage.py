@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -75,24 +75,36 @@ class Site:
 
 
 def stage_run(
-    cost: CostModel, site: Site, batches: Sequence[Batch], way: Way, launches: Sequence[Launch], engine: StageEngine
+    cost: CostModel,
+    site: Site,
+    batches: Sequence[Batch],
+    way: Way,
+    launches: Sequence[Launch],
+    engine: StageEngine,
+    known: HTaskPrices | None = None,
 ) -> StageRun:
     """Price the launches of the hTasks that have rows, and run them on the streams of one rank.
+
+    `known` remembers hTasks that were priced before with this cost model, in whatever company.
 
     Raises:
         ExtrapolationError: the cost model has no figure for an operator.
     """
     ledger = Ledger()
-    groups = {b.htask: priced_groups(cost, site.context, b, way, site.isolated) for b in batches}
     # Collectives of an hTask never run beside its own compute.
     share = site.load if len(batches) > 1 else ()
-    pricing = _Pricing(cost, site, way, share, ledger)
-    there = [x for x in launches if x.htask in groups]
-    blocks = [pricing.block(x, [groups[y.htask][y.subgraph] for y in x]) for x in site.together(there, way)]
-    spans, events = engine(blocks)
-    for span, slowing in zip(spans, pricing.slowing, strict=True):
+    priced = HTaskPrices() if known is None else known
+    kinds = {b.htask: priced.of(cost, site, b, way, share) for b in batches}
+    there = [x for x in launches if x.htask in kinds]
+    joint = _Joint(cost, site, way, share)
+    launched = [(run, joint.of([kinds[x.htask][x.subgraph] for x in run])) for run in site.together(there, way)]
+    for kind, times in Counter(kind for _, kind in launched).items():
+        for family, price in kind.priced:
+            ledger.add(family, price, times)
+    spans, events = engine([kind.block(run, site.device.is_cpu) for run, kind in launched])
+    for span, (_, kind) in zip(spans, launched, strict=True):
         if span.slowed_ns:
-            ledger.add("interference", replace(slowing, p50_ns=span.slowed_ns))
+            ledger.add("interference", replace(kind.slowing, p50_ns=span.slowed_ns))
     return StageRun(
         duration_ns=max((s.end_ns for s in spans), default=0),
         spans=spans,
@@ -117,71 +129,109 @@ def clock_calls(
 
 
 class _Kind:
-    """What launches of the same operators cost alone and beside a collective."""
+    """What launches of the same operators cost alone and beside a collective, on their streams and in all."""
 
-    __slots__ = ("alone", "priced", "shared", "slowing")
+    __slots__ = ("device_ns", "first_ns", "host_ns", "ops", "priced", "shared_tail_ns", "slowing", "tail_ns")
 
-    def __init__(self, priced: Sequence[tuple[str, Cost]], shared: Sequence[Cost] | None) -> None:
-        self.priced = priced
-        self.alone = [price for _, price in priced]
-        self.shared = self.alone if shared is None else shared
-        self.slowing = _slowing(self.alone, self.shared)
+    def __init__(
+        self,
+        ops: Sequence[Op],
+        start: Cost,
+        is_cpu: bool,
+        priced: Sequence[tuple[str, Cost]],
+        shared: Sequence[Cost] | None,
+    ) -> None:
+        self.ops = ops
+        alone = [price for _, price in priced]
+        beside = alone if shared is None else shared
+        self.priced = (("launch", start), *priced)
+        self.slowing = _slowing(alone, beside)
+        if is_cpu:
+            self.device_ns = self.tail_ns = self.shared_tail_ns = _on_cpu(start, alone)
+            self.first_ns = self.host_ns = 0
+        else:
+            self.device_ns = sum(price.p50_ns for price in alone)
+            self.first_ns, self.host_ns, self.tail_ns = _beside_host(start, alone)
+            self.shared_tail_ns = _beside_host(start, beside)[2]
 
-
-class _Pricing:
-    """Prices the launches of one clock; used once, while their operators live: the same operators are priced once.
-
-    `slowing` has the cost that collectives add to each launch in full.
-    """
-
-    def __init__(self, cost: CostModel, site: Site, way: Way, share: tuple[Op, ...], ledger: Ledger) -> None:
-        self.cost, self.site, self.share, self.ledger = cost, site, share, ledger
-        self.start = cost.latency(host("launch", way), site.device)
-        self.slowing: list[Cost] = []
-        self.kinds: dict[tuple[bool, tuple[int, ...]], _Kind] = {}
-
-    def block(self, launches: Sequence[Launch], groups: Sequence[Sequence[Op]]) -> Block:
+    def block(self, launches: Sequence[Launch], is_cpu: bool) -> Block:
         """One launch, or several of adapters that run as one: the launch itself, then its operators issued in turn."""
         launch, *more = launches
-        kind = self._kind(launch, groups)
-        alone, shared = kind.alone, kind.shared
-        self.ledger.add("launch", self.start)
-        for family, price in kind.priced:
-            self.ledger.add(family, price)
-        self.slowing.append(kind.slowing)
-        if self.site.device.is_cpu:
-            device_ns = _on_cpu(self.start, alone)
-            first_ns, host_ns, tail_ns, shared_tail_ns = 0, 0, device_ns, device_ns
-        else:
-            device_ns = sum(price.p50_ns for price in alone)
-            first_ns, host_ns, tail_ns = _beside_host(self.start, alone)
-            shared_tail_ns = _beside_host(self.start, shared)[2]
         return Block(
             htask=launch.htask,
             subgraph=launch.subgraph,
             stream=launch.stream,
-            resource="compute" if self.site.device.is_cpu else launch.stream,
-            first_ns=first_ns,
-            host_ns=host_ns,
-            device_ns=device_ns,
-            tail_ns=tail_ns,
-            shared_ns=device_ns + self.slowing[-1].p50_ns,
-            shared_tail_ns=shared_tail_ns,
+            resource="compute" if is_cpu else launch.stream,
+            first_ns=self.first_ns,
+            host_ns=self.host_ns,
+            device_ns=self.device_ns,
+            tail_ns=self.tail_ns,
+            shared_ns=self.device_ns + self.slowing.p50_ns,
+            shared_tail_ns=self.shared_tail_ns,
             also=tuple(x.htask for x in more),
         )
 
-    def _kind(self, launch: Launch, groups: Sequence[Sequence[Op]]) -> _Kind:
-        fuse = len(groups) > 1 or launch.htask not in self.site.unfused
-        ops = groups[0] if len(groups) == 1 else [op for group in groups for op in group]
-        place = (fuse, tuple(map(id, ops)))
-        if place not in self.kinds:
-            priced = list(self._prices(ops, (), fuse))
-            shared = [price for _, price in self._prices(ops, self.share, fuse)] if self.share else None
-            self.kinds[place] = _Kind(priced, shared)
-        return self.kinds[place]
 
-    def _prices(self, ops: Sequence[Op], share: tuple[Op, ...], fuse: bool) -> Iterator[tuple[str, Cost]]:
-        return prices(self.cost, self.site.device, ops, link=self.site.link, share=share, fuse_adapters=fuse)
+class _Joint:
+    """Prices adapters of several hTasks that run as one launch; used for one clock, each set of kinds once."""
+
+    def __init__(self, cost: CostModel, site: Site, way: Way, share: tuple[Op, ...]) -> None:
+        self.cost, self.site, self.way, self.share = cost, site, way, share
+        self.known: dict[tuple[int, ...], _Kind] = {}
+
+    def of(self, kinds: Sequence[_Kind]) -> _Kind:
+        """The one kind itself, or the adapters of all as one grouped operator."""
+        if len(kinds) == 1:
+            return kinds[0]
+        place = tuple(map(id, kinds))
+        if place not in self.known:
+            ops = [op for kind in kinds for op in kind.ops]
+            self.known[place] = _priced_kind(self.cost, self.site, self.way, self.share, True, ops)
+        return self.known[place]
+
+
+class HTaskPrices:
+    """Prices of hTasks on a stage, subgraph by subgraph, by everything that decides them: equal ones in any clock share them.
+
+    The oldest is dropped first.
+    """
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[tuple[Any, ...], tuple[_Kind, ...]] = OrderedDict()
+
+    def of(self, cost: CostModel, site: Site, batch: Batch, way: Way, share: tuple[Op, ...]) -> tuple[_Kind, ...]:
+        """The subgraphs of a batch, priced once."""
+        fuse = batch.htask not in site.unfused
+        shape = batch_shape(site.context, batch)[1]
+        key = (*_stage_shape(site.context), site.device, site.link, share, fuse, site.isolated, way, shape)
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = _kinds(cost, site, batch, way, share, fuse)
+            if len(self._known) > CACHE_ENTRIES:
+                self._known.popitem(last=False)
+        return found
+
+
+def _kinds(cost: CostModel, site: Site, batch: Batch, way: Way, share: tuple[Op, ...], fuse: bool) -> tuple[_Kind, ...]:
+    """Each subgraph; those of the same operators (equal layers share theirs) are priced once."""
+    found: dict[tuple[int, ...], _Kind] = {}
+    groups = priced_groups(cost, site.context, batch, way, site.isolated)
+    places = [tuple(map(id, ops)) for ops in groups]
+    for place, ops in zip(places, groups, strict=True):
+        if place not in found:
+            found[place] = _priced_kind(cost, site, way, share, fuse, ops)
+    return tuple(found[place] for place in places)
+
+
+def _priced_kind(
+    cost: CostModel, site: Site, way: Way, share: tuple[Op, ...], fuse: bool, ops: Sequence[Op]
+) -> _Kind:
+    def priced(beside: tuple[Op, ...]) -> list[tuple[str, Cost]]:
+        return list(prices(cost, site.device, ops, link=site.link, share=beside, fuse_adapters=fuse))
+
+    shared = [c for _, c in priced(share)] if share else None
+    start = cost.latency(host("launch", way), site.device)
+    return _Kind(ops, start, site.device.is_cpu, priced(()), shared)
 
 
 def _slowing(alone: Sequence[Cost], shared: Sequence[Cost]) -> Cost:
@@ -220,24 +270,15 @@ class StageCache:
         self.cost, self.engine = cost, engine
         self.simulated = 0
         self._runs: OrderedDict[tuple[Any, ...], StageRun] = OrderedDict()
+        self._htasks = HTaskPrices()
 
     def run(self, site: Site, batches: Sequence[Batch], way: Way, launches: tuple[Launch, ...]) -> StageRun:
         """The run of these batches; simulated once."""
         shapes = tuple(batch_shape(site.context, b) for b in batches)
-        key = (
-            *_stage_shape(site.context),
-            site.device,
-            site.link,
-            site.comm_ctas,
-            site.unfused,
-            site.isolated,
-            way,
-            launches,
-            shapes,
-        )
+        key = (*_stage_shape(site.context), site.device, site.link, site.comm_ctas, site.unfused, site.isolated, way, launches, shapes)
         found = self._runs.get(key)
         if found is None:
-            found = self._runs[key] = stage_run(self.cost, site, batches, way, launches, self.engine)
+            found = self._runs[key] = stage_run(self.cost, site, batches, way, launches, self.engine, self._htasks)
             self.simulated += 1
             if len(self._runs) > CACHE_ENTRIES:
                 self._runs.popitem(last=False)

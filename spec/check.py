@@ -11,7 +11,7 @@ from muxtune.spec.bind import bind
 from muxtune.spec.check_order import check_orders
 from muxtune.spec.errors import PlanError
 from muxtune.spec.isolated import launched_subgraphs
-from muxtune.spec.memory import moment_text, rank_peaks
+from muxtune.spec.memory import RankPeak, moment_text, rank_peaks
 from muxtune.spec.plan import Instance, Plan, unit_chunks
 from muxtune.spec.program import Bound, ChannelKey, Program, channel_of
 from muxtune.spec.units import format_bytes
@@ -20,18 +20,28 @@ from muxtune.spec.waits import deadlock_text
 
 def check(plan: Plan, seed: int = 0) -> tuple[str, ...]:
     """All problems of a plan, worst kind first: structure, then (if that is sound) order, channels and memory of its Program."""
+    return _checked(plan, seed)[0]
+
+
+def require_valid(plan: Plan, seed: int = 0, source: str = "") -> tuple[Bound, tuple[RankPeak, ...]]:
+    """The Program of a valid plan over one pass of its orders, and the peak of each of its ranks.
+
+    Raises:
+        PlanError: every problem of the plan; `source`, the file that it was read from, stands before them.
+    """
+    problems, found = _checked(plan, seed)
+    if problems or found is None:
+        raise PlanError((f"{source}: " if source else "") + "; ".join(problems))
+    return found
+
+
+def _checked(plan: Plan, seed: int) -> tuple[tuple[str, ...], tuple[Bound, tuple[RankPeak, ...]] | None]:
     problems = [*_tasks(plan), *_names(plan), *(p for i in plan.instances for p in _instance(plan, i)), *_sharing(plan)]
     if problems:
-        return tuple(problems)
+        return tuple(problems), None
     bound = bind(plan, seed=seed, steps=math.lcm(*(i.steps for i in plan.instances)))
-    return (*check_program(bound.program), *check_memory(bound))
-
-
-def require_valid(plan: Plan, seed: int = 0, source: str = "") -> None:
-    """Raise PlanError with every problem of the plan; `source`, the file that it was read from, stands before them."""
-    problems = check(plan, seed)
-    if problems:
-        raise PlanError((f"{source}: " if source else "") + "; ".join(problems))
+    peaks = rank_peaks(bound)
+    return (*check_program(bound.program), *_short(bound, peaks)), (bound, peaks)
 
 
 def _names(plan: Plan) -> Iterator[str]:
@@ -221,11 +231,15 @@ def _cycle(program: Program) -> Iterator[str]:
 
 def check_memory(bound: Bound) -> tuple[str, ...]:
     """Ranks whose peak exceeds the device: the moment, the bytes needed and what they are made of, the bytes there."""
+    return _short(bound, rank_peaks(bound))
+
+
+def _short(bound: Bound, peaks: tuple[RankPeak, ...]) -> tuple[str, ...]:
     device = bound.plan.cluster.device
     return tuple(
         f"rank {peak.rank} does not fit: needs {format_bytes(peak.peak_bytes)} {moment_text(bound, peak)} "
         f"({format_bytes(peak.static_bytes)} of them static; {peak.footprint.sentence()}), "
         f"{device.name} has {format_bytes(device.memory_bytes)}"
-        for peak in rank_peaks(bound)
+        for peak in peaks
         if peak.peak_bytes > device.memory_bytes
     )

@@ -83,29 +83,30 @@ def _in_flight(order: StageOrder, chunks: ChunksOf) -> Iterator[str]:
 
 def _steps(instance: Instance, order: StageOrder) -> Iterator[str]:
     """A task's step stands after its backwards of that step and before its forwards of the next."""
-    for task in instance.tasks:
-        steps = [i for i, a in enumerate(order.actions) if a.op == "step" and a.task == task]
-        if len(steps) != instance.steps:
-            yield f"task {task} steps {len(steps)} times, the order covers {instance.steps}"
-            continue
-        for s, at in enumerate(steps):
-            mine = _unit_places(instance, order, task, s)
-            if mine and max(mine) > at:
-                yield f"step {s} of task {task} stands before one of its backwards"
-            after = _unit_places(instance, order, task, s + 1)
-            if after and min(after) < at:
-                yield f"a forward of task {task} of step {s + 1} stands before step {s}"
-
-
-def _unit_places(instance: Instance, order: StageOrder, task: str, step: int) -> list[int]:
     holds = {
-        (b, u)
+        (b, u): tuple(dict.fromkeys(p.task for p in unit.parts))
         for b, bucket in enumerate(instance.buckets)
         for u, unit in enumerate(bucket.units)
-        if any(p.task == task for p in unit.parts)
     }
-    actions = enumerate(order.actions)
-    return [i for i, a in actions if a.op != "step" and a.step == step and (a.bucket, a.unit) in holds]
+    steps: dict[str | None, list[int]] = {task: [] for task in instance.tasks}
+    first: dict[tuple[str, int], int] = {}
+    last: dict[tuple[str, int], int] = {}
+    for index, action in enumerate(order.actions):
+        if action.op == "step":
+            steps.setdefault(action.task, []).append(index)
+            continue
+        for task in holds.get((action.bucket, action.unit), ()):
+            first.setdefault((task, action.step), index)
+            last[task, action.step] = index
+    for task in instance.tasks:
+        if len(steps[task]) != instance.steps:
+            yield f"task {task} steps {len(steps[task])} times, the order covers {instance.steps}"
+            continue
+        for s, at in enumerate(steps[task]):
+            if last.get((task, s), at) > at:
+                yield f"step {s} of task {task} stands before one of its backwards"
+            if first.get((task, s + 1), at) < at:
+                yield f"a forward of task {task} of step {s + 1} stands before step {s}"
 
 
 def _unit_name(chunks: ChunksOf, key: OrderKey, chunk: int) -> str:

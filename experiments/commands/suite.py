@@ -26,10 +26,13 @@ from muxtune.policies.base import make_policy
 from muxtune.sim.cost.roofline import Roofline
 from muxtune.spec.files import write_text
 
-#: Search has a budget in evaluations, so that its plans do not depend on the machine.
+#: All pad, but for `lorafusion`, which packs, and the last. Baselines that do not fit with a backbone for each task have a
+#: second row in which one backbone at a time is there, its swap not timed. The budget of `search` is in evaluations, so that
+#: its plans do not depend on the machine.
 POLICIES = (
     *("hf-peft", "hf-peft:residency=swapped", "nemo", "nemo:residency=swapped", "sl-peft", "temporal", "lorafusion"),
-    *("greedy", "muxtune", "muxtune:charge=exact", "ilp", "search:evaluations=100"),
+    *("greedy", "muxtune", "muxtune:charge=exact", "ilp", "search:alignment=pad,evaluations=100"),
+    "muxtune:charge=exact,alignment=varlen",
 )
 #: Solvers whose value is the surrogate W + Σ 2C·max_s L^s of the plan.
 SURROGATE = ("contiguous-dp", "no-fusion", "greedy-merge", "listing", "random", "set-partitioning")
