@@ -31,7 +31,7 @@ from muxtune.spec.files import write_text
 #: its plans do not depend on the machine.
 POLICIES = (
     *("hf-peft", "hf-peft:residency=swapped", "nemo", "nemo:residency=swapped", "sl-peft", "temporal", "lorafusion"),
-    *("greedy", "muxtune", "muxtune:charge=exact", "ilp", "search:alignment=pad,evaluations=100"),
+    *("greedy", "muxtune", "muxtune:charge=exact", "ilp", "search:alignment=pad,evaluations=60"),
     "muxtune:charge=exact,alignment=varlen",
 )
 #: Solvers whose value is the surrogate W + Σ 2C·max_s L^s of the plan.
