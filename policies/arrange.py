@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+from muxtune.policies.balance import Buckets
 from muxtune.policies.build import make_instance
 from muxtune.policies.launches import launch_lists
 from muxtune.policies.surrogate import Partition, Surrogate
 from muxtune.policies.template import schedule
-from muxtune.spec.plan import Bucket, Instance
+from muxtune.spec.plan import Bucket, Instance, StageOrder
 
 
 def arrange(surrogate: Surrogate, groups: Partition, *, orchestration: bool) -> tuple[Instance, float | None]:
@@ -20,9 +22,14 @@ def arrange(surrogate: Surrogate, groups: Partition, *, orchestration: bool) -> 
     if not orchestration:
         return make_instance(state, "shared", groups, [[h] for h in range(len(groups))], alignment, chunk), None
     found = schedule(surrogate, groups)
-    instance = make_instance(state, "shared", groups, found.buckets, alignment, chunk)
-    buckets = tuple(_launched(surrogate, groups, b) for b in instance.buckets)
-    return replace(instance, buckets=buckets, order="explicit", orders=found.template.orders), found.balance_gap
+    return ordered(surrogate, groups, found.buckets, found.template.orders), found.balance_gap
+
+
+def ordered(surrogate: Surrogate, groups: Partition, buckets: Buckets, orders: Sequence[StageOrder]) -> Instance:
+    """The shared instance with given buckets and orders, and Algorithm 1 inside the clocks."""
+    made = make_instance(surrogate.state, "shared", groups, buckets, surrogate.alignment, surrogate.chunk_tokens)
+    launched = tuple(_launched(surrogate, groups, b) for b in made.buckets)
+    return replace(made, buckets=launched, order="explicit", orders=tuple(orders))
 
 
 def _launched(surrogate: Surrogate, groups: Partition, bucket: Bucket) -> Bucket:

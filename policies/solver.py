@@ -1,4 +1,4 @@
-"""The one door of PuLP: linear and integer set partitioning on HiGHS, or on CBC where HiGHS is not there.
+"""The one door of PuLP: set partitioning (linear and integer) and schedules on HiGHS, or on CBC where HiGHS is not there.
 
 min Σ_p c_p·x_p + Σ_j d_j·z_j with Σ_p p_k·x_p = n_k for each type k, x_p > 0 only if z_j = 1 for the level j of p, z falling.
 """
@@ -16,12 +16,16 @@ from typing import Any, Literal
 import pulp
 
 from muxtune.policies.columns import Pattern
+from muxtune.policies.flow import Job, Sequences
+from muxtune.policies.flow_model import FlowModel
 from muxtune.spec.noun import noun
 
 Backend = Literal["highs", "cbc"]
 SEED = 0
 #: A column that is used less than this in a linear optimum is not used.
 USED = 1e-6
+#: A schedule is this many units of time long, so that the solver's tolerances stay far below one.
+GRAINS = 100_000
 
 
 @noun
@@ -95,6 +99,40 @@ def best_partition(
     proven = problem.sol_status == pulp.LpSolutionOptimal and covers
     bound, nodes = _told(problem) if backend == "highs" else (None, 0)
     return Answer(proven=proven, counts=used if covers else (), bound=bound, nodes=nodes)
+
+
+@noun
+class Order:
+    """What a solver found of a flow problem: `sequences` within the limits (None: nothing), and a bound on every schedule."""
+
+    sequences: Sequences | None
+    bound_ns: int | None
+    nodes: int
+
+
+def best_order(
+    jobs: Sequence[Job], budget_bytes: Sequence[int], most_ns: int, backend: Backend, most_nodes: int
+) -> Order:
+    """The shortest schedule of at most `most_ns`; times are counted in a GRAINS-th of it, or exactly in a divisor of all."""
+    shared = math.gcd(*(n for j in jobs for n in (*j.forward_ns, *j.backward_ns)))
+    grain_ns = shared if shared * GRAINS >= most_ns else max(1, most_ns // GRAINS)
+    model = FlowModel(jobs, budget_bytes, most_ns, grain_ns)
+    problem = pulp.LpProblem("flow", pulp.LpMinimize)
+    end, *rows = model.rows(
+        lambda name, most: problem.add_variable(name, 0, most, pulp.LpContinuous),
+        lambda name: problem.add_variable(name, 0, 1, pulp.LpInteger),
+    )
+    problem += pulp.LpAffineExpression([(end, 1)])
+    for row in rows:
+        problem += row
+    _run(problem, _solver(backend, {"nodes": most_nodes}))
+    if problem.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
+        return Order(sequences=None, bound_ns=None, nodes=0)
+    bound, nodes = _told(problem) if backend == "highs" else (None, 0)
+    if bound is None and problem.sol_status == pulp.LpSolutionOptimal:
+        bound = math.ceil(end.varValue - 0.5)
+    sequences = model.sequences(lambda x: x if isinstance(x, int) else round(x.varValue))
+    return Order(sequences=sequences, bound_ns=None if bound is None else bound * grain_ns, nodes=nodes)
 
 
 def _model(

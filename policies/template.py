@@ -44,8 +44,18 @@ def schedule(surrogate: Surrogate, groups: Partition) -> Schedule:
     return min(found, key=lambda s: s.template.makespan_ns)
 
 
-def eager_template(surrogate: Surrogate, groups: Partition, buckets: Buckets) -> Template | None:
-    """The eager order of buckets, a bucket's units consecutive, and its makespan; None if a unit alone does not fit."""
+@noun
+class Units:
+    """Chunks of units in feed order, what they hold (from forward to backward) and take on each stage, and the byte budgets."""
+
+    keys: tuple[ChunkKey, ...]
+    held_bytes: dict[tuple[int, ChunkKey], int]
+    latency_ns: dict[tuple[int, ChunkKey, str], int]
+    budget_bytes: tuple[int, ...]
+
+
+def priced_units(surrogate: Surrogate, groups: Partition, buckets: Buckets) -> Units | None:
+    """The units of some buckets; None if one alone does not fit."""
     units = _units(surrogate, groups, buckets)
     held: dict[tuple[int, ChunkKey], int] = {}
     transient: dict[tuple[int, ChunkKey], int] = {}
@@ -66,25 +76,35 @@ def eager_template(surrogate: Surrogate, groups: Partition, buckets: Buckets) ->
             for direction in DIRECTIONS:
                 latency[s, key, direction] = unit_ns(surrogate, members, key[1], s, direction, key[2])
     free = [surrogate.memory_bytes - static for static in surrogate.static_bytes]
-    chunks = dict(Counter(key[:2] for key in units))
-    for (b, c), count in chunks.items():
+    for (b, c), count in Counter(key[:2] for key in units).items():
         whole = [(b, c, j) for j in range(count)]
         for s in range(surrogate.stages):
             if sum(held[s, key] for key in whole) + max(transient[s, key] for key in whole) > free[s]:
                 return None
-    budget = [free[s] - max(transient[s, key] for key in units) for s in range(surrogate.stages)]
-    replicas = range(surrogate.state.layout.dp)
+    budget = (free[s] - max(transient[s, key] for key in units) for s in range(surrogate.stages))
+    return Units(keys=tuple(units), held_bytes=held, latency_ns=latency, budget_bytes=tuple(budget))
+
+
+def eager_template(surrogate: Surrogate, groups: Partition, buckets: Buckets) -> Template | None:
+    """The eager order of buckets, a bucket's units consecutive, and its makespan; None if a unit alone does not fit."""
+    units = priced_units(surrogate, groups, buckets)
+    return None if units is None else eager_order(units, surrogate.stages, surrogate.state.layout.dp)
+
+
+def eager_order(units: Units, stages: int, replicas: int) -> Template:
+    """The eager order of priced units, replica by replica."""
+    chunks = dict(Counter(key[:2] for key in units.keys))
     return side_by_side(
         [
             eager(
-                [key for key in chunks if key[1] % len(replicas) == replica],
-                surrogate.stages,
-                lambda stage, key, direction: latency[stage, key, direction],
-                lambda stage, key: held[stage, key],
-                budget,
+                [key for key in chunks if key[1] % replicas == replica],
+                stages,
+                lambda stage, key, direction: units.latency_ns[stage, key, direction],
+                lambda stage, key: units.held_bytes[stage, key],
+                units.budget_bytes,
                 chunks,
             )
-            for replica in replicas
+            for replica in range(replicas)
         ]
     )
 
