@@ -165,7 +165,9 @@ def _solver(backend: Backend, limits: dict[str, Any]) -> Any:
     """A solver of one thread and fixed seed. Objectives are integers, so that an absolute gap below 1 proves an optimum."""
     nodes, seconds = limits.get("nodes"), limits.get("seconds")
     if backend == "highs":
-        options: dict[str, Any] = {"random_seed": SEED, "parallel": "off", "mip_feasibility_tolerance": 1e-9}
+        # Restarts of the root cost a third of the time here and close no program sooner.
+        options: dict[str, Any] = {"random_seed": SEED, "parallel": "off", "mip_allow_restart": False}
+        options["mip_feasibility_tolerance"] = 1e-9
         if nodes is not None:
             options["mip_max_nodes"] = nodes
         return pulp.HiGHS(msg=False, threads=1, gapRel=0, gapAbs=0.5, timeLimit=seconds, **options)

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from muxtune.policies.base import SystemState
 from muxtune.policies.build import make_htask, mean_length, microbatch_samples, planning_chunks, stage_contexts
-from muxtune.policies.stage_latency import Direction, Shape, StageLatency, only
+from muxtune.policies.stage_latency import Direction, Shape, StageLatency, only, stage_kind
 from muxtune.sim.cost.base import CostModel
 from muxtune.spec.align import Alignment
 from muxtune.spec.clock import LaunchRule
@@ -183,15 +183,20 @@ class Surrogate:
 
     def _price(self, shape: Shape, longest_case: Shape, cut: bool) -> MicrobatchCost:
         batch, model, device = longest_case.token_batch(), self.state.workload.model, self.device
-        contexts = [only(c, [t for t, _, _ in longest_case.parts]) for c in self.contexts]
-        held = [amount(held_tensors(c, batch), device).taken_bytes for c in contexts]
-        kv = [amount(chunk_kv_tensors(c, batch) if cut else (), device).taken_bytes for c in contexts]
+        # Stages of one kind and depth hold the same.
+        kinds = [(*stage_kind(c), n) for c, n in zip(self.contexts, self.state.layout.layers_per_stage, strict=True)]
+        tasks = [t for t, _, _ in longest_case.parts]
+        contexts = {kind: only(c, tasks) for kind, c in zip(kinds, self.contexts, strict=True)}
+        held = {k: amount(held_tensors(c, batch), device).taken_bytes for k, c in contexts.items()}
+        kv = {k: amount(chunk_kv_tensors(c, batch) if cut else (), device).taken_bytes for k, c in contexts.items()}
+        again = {k: amount(again_tensors(c, batch), device).taken_bytes for k, c in contexts.items()}
+        working = {k: rounded_bytes(working_bytes(c, batch), device) for k, c in contexts.items()}
         return MicrobatchCost(
             forward_ns=self.latency.latency_ns(shape, "forward"),
             backward_ns=self.latency.latency_ns(shape, "backward"),
-            held_bytes=tuple(map(sum, zip(held, kv, strict=True))),
-            again_bytes=tuple(amount(again_tensors(c, batch), device).taken_bytes for c in contexts),
-            working_bytes=tuple(rounded_bytes(working_bytes(c, batch), device) for c in contexts),
+            held_bytes=tuple(held[k] + kv[k] for k in kinds),
+            again_bytes=tuple(again[k] for k in kinds),
+            working_bytes=tuple(working[k] for k in kinds),
             message_bytes=self.state.layout.shard_tokens(batch.tokens) * model.hidden * model.element_bytes,
         )
 
