@@ -15,6 +15,7 @@ from muxtune.policies.columns import Column, Columns, Pattern, fits, total_ns
 from muxtune.policies.floors import NEVER
 from muxtune.policies.knapsack import Found, Worth, reduced_ns
 from muxtune.policies.solver import Backend, Levels, best_partition, linear_partition
+from muxtune.policies.vectors import cheapest, few
 from muxtune.spec.noun import noun
 
 #: Columns and nodes of an integer program that only has to find a good start.
@@ -101,7 +102,7 @@ class Master:
         self, columns: Columns, pricer: Pricer, backend: Backend, limits: Limits, start: Iterable[Sequence[Column]]
     ) -> None:
         self.columns, self.pricer, self.backend, self.limits = columns, pricer, backend, limits
-        self.tasks = sum(columns.counts)
+        self.tasks, self.few_vectors = sum(columns.counts), few(columns.counts)
         known = list(start)
         self.best = min(known, key=lambda p: (total_ns(p), sorted(c.pattern for c in p)))
         self.value_ns = total_ns(self.best)
@@ -203,6 +204,8 @@ class Master:
         """
         if not self.has_nodes:
             return None
+        if self.few_vectors:
+            return self._by_vectors(columns, dual, base_ns, levels)
         kinds = range(len(self.columns.counts))
         size = len(columns) + len(kinds)
         spare = max(1, self.value_ns - base_ns - dual.bound_ns)
@@ -228,6 +231,17 @@ class Master:
         elif answer.proven:
             least_ns = self.value_ns
         return least_ns
+
+    def _by_vectors(self, columns: Sequence[Column], dual: Dual, base_ns: int, levels: bool) -> int:
+        """The same without an integer program; counts as a node of one in the limits."""
+        self.work += len(columns)
+        costs = [reduced_ns(c, dual.prices) for c in columns]
+        answer = cheapest(columns, costs, self.columns.counts, base_ns, levels)
+        if answer is None:
+            return self.value_ns
+        before_ns = self.value_ns
+        self.offer(answer[1])
+        return min(before_ns, answer[0] + dual.bound_ns)
 
 
 def _levels(columns: Sequence[Column], base_ns: int, others: int) -> Levels:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from muxtune.policies.diving import dive
 from muxtune.policies.floors import NEVER
 from muxtune.policies.master import LEVEL_COLUMNS, Dual, Master
+from muxtune.policies.vectors import MOST_COLUMNS
 from muxtune.spec.noun import noun
 
 #: An interval narrower than this part of what is open is solved, not halved; the first reach is this part of it.
@@ -107,8 +108,11 @@ def _advance(master: Master, interval: Interval) -> list[Interval] | None:
 def _whole(master: Master, interval: Interval) -> list[Interval] | None:
     """Solve an interval over every column that matters, W included; None if they are too many, or it is not proven."""
     base_ns, most_ns = interval.low_ns + 1, master.value_ns
-    columns = master.mattering(interval.dual, base_ns, interval.high_ns, most_ns, LEVEL_COLUMNS)
-    if columns is None or len({c.warmup_ns for c in columns if c.warmup_ns > base_ns}) > MOST_LEVELS:
+    most = MOST_COLUMNS if master.few_vectors else LEVEL_COLUMNS
+    columns = master.mattering(interval.dual, base_ns, interval.high_ns, most_ns, most)
+    if columns is None:
+        return None
+    if not master.few_vectors and len({c.warmup_ns for c in columns if c.warmup_ns > base_ns}) > MOST_LEVELS:
         return None
     proven_ns = master.solve(columns, interval.dual, base_ns, levels=True)
     return [] if proven_ns is not None and proven_ns >= master.value_ns else None

@@ -20,7 +20,7 @@ HELPERS = frozenset(
         *("__init__", "base", "build", "fusion", "launches", "stage_latency", "surrogate", "template"),
         *("alone", "candidates", "choices", "moves", "packing"),
         *("arrange", "balance", "columns", "diving", "floors", "knapsack", "master", "solver", "thresholds"),
-        *("flow", "flow_model"),
+        *("flow", "flow_model", "vectors"),
     }
 )
 

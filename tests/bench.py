@@ -8,10 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
 from muxtune.executor.reference import reference_ns
+from muxtune.experiments.commands import suite as command
+from muxtune.experiments.commands.problem import Options
 from muxtune.kernels import grouped_lora
 from muxtune.policies.base import SystemState, make_policy
 from muxtune.profiler.provenance import birth
@@ -106,6 +109,13 @@ def adapters() -> str:
     )
 
 
+def suite() -> str:
+    """The planners' suite on two processes, as `muxtune suite --jobs 2` prints it; a killed bench goes on with it."""
+    start_s = time.perf_counter()
+    body = command.run(jobs=2, out=Path("out/bench-suite"), options=Options(draws=2))
+    return f"suite of {len(body['cases'])} cases: {time.perf_counter() - start_s:.0f} s\n{command.show(body)}"
+
+
 def main() -> None:
     """Print every figure."""
     born = birth("cpu")
@@ -129,6 +139,7 @@ def main() -> None:
     say(adapters())
     for line in bench_training.lines():
         say(line)
+    say(suite())
 
 
 if __name__ == "__main__":
