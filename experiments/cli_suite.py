@@ -19,7 +19,10 @@ def suite(
         typer.Argument(metavar="[DIR]", help="Folder of cases (docs/files.md).  [default: the suite that comes along]"),
     ] = None,
     policies: Annotated[
-        str, typer.Option("--policies", metavar="A,B,...", help="Policies separated by commas.  [default: thirteen of them]")
+        str,
+        typer.Option(
+            "--policies", metavar="A,B,...", help="Policies separated by commas.  [default: thirteen of them]"
+        ),
     ] = "",
     policy: Annotated[
         list[str] | None,

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muxtune.policies.base import SystemState, make_policy
-from muxtune.policies.columns import Columns, Pattern, columns_of, total_ns
+from muxtune.policies.columns import Column, Columns, Pattern, columns_of, total_ns
 from muxtune.policies.exhaustive import best_of_all
 from muxtune.policies.fusion import greedy_partition
 from muxtune.policies.ilp import solve, starting_partitions
@@ -22,6 +22,7 @@ from muxtune.policies.master import Limits, Listed, Master
 from muxtune.policies.solver import Levels, best_partition, linear_partition, usual_backend
 from muxtune.policies.surrogate import Surrogate, value_ns
 from muxtune.policies.thresholds import close
+from muxtune.policies.vectors import cheapest
 from muxtune.sim.cost.roofline import Roofline
 from muxtune.spec.errors import InfeasibleError, InputError, NoAnswerError
 from muxtune.spec.plan import Plan
@@ -317,3 +318,32 @@ def test_no_nodes_no_proof(backend: Any) -> None:
     assert full.proven
     none = best_partition(costs, patterns, counts, Levels(), backend, 0)
     assert not none.proven
+
+
+@given(data=st.data(), levels=st.booleans())
+def test_count_vectors_equal_listing_every_partition(data: st.DataObject, levels: bool) -> None:
+    counts = data.draw(st.sampled_from([(3,), (2, 2), (1, 2, 1), (4, 1)]))
+    every = [p for p in product(*(range(n + 1) for n in counts)) if any(p)]
+    patterns = data.draw(st.lists(st.sampled_from(every), unique=True, min_size=1))
+    numbers = st.integers(0, 20)
+    columns = [Column(pattern=p, steady_ns=data.draw(numbers), warmup_ns=data.draw(numbers)) for p in patterns]
+    base_ns = data.draw(numbers)
+
+    def listed(left: Pattern, start: int) -> Iterator[list[Column]]:
+        if not any(left):
+            yield []
+        for i in range(start, len(columns)):
+            rest = tuple(a - b for a, b in zip(left, columns[i].pattern, strict=True))
+            if min(rest) >= 0:
+                yield from ([columns[i], *more] for more in listed(rest, i))
+
+    def value(partition: Sequence[Column]) -> int:
+        charge_ns = max([base_ns, *(c.warmup_ns for c in partition)]) if levels else base_ns
+        return charge_ns + sum(c.steady_ns for c in partition)
+
+    found = cheapest(columns, [c.steady_ns for c in columns], counts, base_ns, levels)
+    best = min(map(value, listed(counts, 0)), default=None)
+    assert (found is None) == (best is None)
+    if found is not None:
+        assert found[0] == best == value(found[1])
+        assert tuple(map(sum, zip(*(c.pattern for c in found[1]), strict=True))) == counts
