@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from muxtune.experiments.commands.inputs import load_cost
+from muxtune.experiments.commands.costs import choose_cost
 from muxtune.experiments.commands.problem import Options, Problem
 from muxtune.policies.choices import Choices
 from muxtune.sim.traces.cluster import read_cluster
@@ -81,7 +81,7 @@ def read_case(path: Path, options: Options) -> Problem:
         cluster=cluster,
         layout=layouts[0],
         microbatches=case.microbatches,
-        cost=load_cost(options.cost, cluster, options.allow_extrapolation),
+        chosen=choose_cost(options.cost, cluster, workload, layouts, options.allow_extrapolation),
         options=options,
         choices=Choices(kept=kept, pruned_shape=0, pruned_memory=0),
     )

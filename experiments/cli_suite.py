@@ -9,7 +9,7 @@ import typer
 
 from muxtune.experiments import options as opt
 from muxtune.experiments.answer import Answer, example
-from muxtune.experiments.cli import app
+from muxtune.experiments.cli import app as app
 
 
 @app.command(epilog=example("suite --policies hf-peft,muxtune,ilp --policy ./mine.py:MyPolicy --jobs 2"))

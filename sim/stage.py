@@ -223,9 +223,7 @@ def _kinds(cost: CostModel, site: Site, batch: Batch, way: Way, share: tuple[Op,
     return tuple(found[place] for place in places)
 
 
-def _priced_kind(
-    cost: CostModel, site: Site, way: Way, share: tuple[Op, ...], fuse: bool, ops: Sequence[Op]
-) -> _Kind:
+def _priced_kind(cost: CostModel, site: Site, way: Way, share: tuple[Op, ...], fuse: bool, ops: Sequence[Op]) -> _Kind:
     def priced(beside: tuple[Op, ...]) -> list[tuple[str, Cost]]:
         return list(prices(cost, site.device, ops, link=site.link, share=beside, fuse_adapters=fuse))
 
@@ -275,7 +273,17 @@ class StageCache:
     def run(self, site: Site, batches: Sequence[Batch], way: Way, launches: tuple[Launch, ...]) -> StageRun:
         """The run of these batches; simulated once."""
         shapes = tuple(batch_shape(site.context, b) for b in batches)
-        key = (*_stage_shape(site.context), site.device, site.link, site.comm_ctas, site.unfused, site.isolated, way, launches, shapes)
+        key = (
+            *_stage_shape(site.context),
+            site.device,
+            site.link,
+            site.comm_ctas,
+            site.unfused,
+            site.isolated,
+            way,
+            launches,
+            shapes,
+        )
         found = self._runs.get(key)
         if found is None:
             found = self._runs[key] = stage_run(self.cost, site, batches, way, launches, self.engine, self._htasks)
