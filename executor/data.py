@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from muxtune.executor.attention import Run, whole_runs
 from muxtune.executor.rows import whole_rows
 from muxtune.spec.align import Batch, Row
 from muxtune.spec.program import Program
+from muxtune.spec.task import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +51,35 @@ def sample_tokens(row: Row, vocab: int) -> NDArray[np.int64]:
     return tokens
 
 
+#: A sample: token ids of its prompt and of its response.
+Pair = tuple[NDArray[np.int32], NDArray[np.int32]]
+#: Token ids of a row: its prompt's, then its response's.
+TokenSource = Callable[[Row], NDArray[np.int64]]
+
+
+def token_source(workload: Workload, texts: Mapping[str, Sequence[Pair]] = MappingProxyType({})) -> TokenSource:
+    """Tokens of the tasks of a workload: from the texts of their data sets, by sample id, or seeded noise where there are none.
+
+    A prompt that is too long loses its left end, a response its right end (DESIGN §4).
+    """
+    datasets = {task.task_id: task.dataset for task in workload.tasks}
+
+    def tokens(row: Row) -> NDArray[np.int64]:
+        samples = texts.get(datasets[row.task])
+        if samples is None:
+            return sample_tokens(row, workload.model.vocab)
+        prompt, response = samples[row.sample]
+        kept = prompt[len(prompt) - row.prompt_tokens :], response[: row.response_tokens]
+        return np.concatenate(kept).astype(np.int64)
+
+    return tokens
+
+
+def noise_source(vocab: int) -> TokenSource:
+    """Seeded noise for every row."""
+    return lambda row: sample_tokens(row, vocab)
+
+
 def predicted_positions(row: Row) -> range:
     """Places in a row whose next token is a response token; the first token of a row is never predicted."""
     first = max(row.prompt_tokens, 1)
@@ -65,7 +96,7 @@ def response_counts(program: Program) -> dict[tuple[str, int], int]:
 
 def batch_tensors(
     batch: Batch,
-    vocab: int,
+    tokens: TokenSource,
     device: torch.device,
     whole: Callable[[Row], Row] = lambda row: row,
     runs: tuple[Run, ...] | None = None,
@@ -83,8 +114,8 @@ def batch_tensors(
     start = 0
     for row in batch.rows:
         sample, past = whole(row), row.past_tokens
-        tokens = sample_tokens(sample, vocab)
-        here, following = tokens[past : past + row.raw_tokens], tokens[past + 1 : past + row.raw_tokens + 1]
+        found = tokens(sample)
+        here, following = found[past : past + row.raw_tokens], found[past + 1 : past + row.raw_tokens + 1]
         ids[start : start + len(here)] = here
         labels[start : start + len(following)] = following
         own = row.length_tokens - row.padding_tokens

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from muxtune.executor.channels import Channels, connect
 from muxtune.executor.comm import Pending, make_comm
-from muxtune.executor.data import response_counts
+from muxtune.executor.data import TokenSource, response_counts, token_source
 from muxtune.executor.megatron import DTYPES
 from muxtune.executor.passage import Passage, PastChunks
 from muxtune.executor.peers import sum_gradients
@@ -37,6 +37,7 @@ class RankRun:
         tasks: dict[str, TaskState],
         groups: dict[str, Any],
         device: torch.device,
+        tokens: TokenSource | None = None,
     ) -> None:
         self.bound, self.rank, self.stages, self.tasks, self.groups, self.device = (
             bound,
@@ -49,7 +50,8 @@ class RankRun:
         self.instructions = next((r.instructions for r in bound.program.ranks if r.rank == rank), ())
         self.launches = _launches_here(bound, rank)
         self.denominators = response_counts(bound.program)
-        self.tensors = unit_tensors(bound, {x.key for x in self.instructions if x.op == "forward"}, device)
+        mine = {x.key for x in self.instructions if x.op == "forward"}
+        self.tensors = unit_tensors(bound, mine, device, tokens or token_source(bound.plan.workload))
         connect(bound.program, rank, groups, device)
         self.clock = next((stage.comm for stage in stages.values()), make_comm(device))
         self.run_op: dict[str, Callable[[Instruction, int], None]] = {

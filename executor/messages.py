@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from muxtune.executor.checkpoint import Checkpoint
+from muxtune.executor.data import Pair
 from muxtune.executor.reports import Array, Mark, StepReport
 from muxtune.spec.program import Bound
 
@@ -22,6 +24,18 @@ class Hello:
     core: int
     timeout_s: float
     deterministic: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feed:
+    """What plans that are loaded later are fed with.
+
+    `backbone` is a Hugging Face folder to read weights from (None: random ones), `texts` the samples of data sets by name:
+    (prompt, response) token ids; other data sets are seeded noise.
+    """
+
+    backbone: Path | None = None
+    texts: Mapping[str, Sequence[Pair]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

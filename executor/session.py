@@ -31,7 +31,7 @@ from muxtune.spec.errors import InputError
 from muxtune.spec.noun import noun
 from muxtune.spec.plan import Plan
 from muxtune.spec.program import Bound
-from muxtune.spec.prune import without_tasks
+from muxtune.spec.restrict import without_tasks
 from muxtune.spec.timeline import Timeline
 
 NAME = "session"

@@ -8,13 +8,15 @@ from dataclasses import replace
 import torch
 
 from muxtune.executor.attention import Run, chunk_runs
-from muxtune.executor.data import BatchTensors, batch_tensors
+from muxtune.executor.data import BatchTensors, TokenSource, batch_tensors
 from muxtune.executor.rows import whole_rows
 from muxtune.spec.align import Batch, Row
 from muxtune.spec.program import Bound, UnitKey
 
 
-def unit_tensors(bound: Bound, mine: Set[UnitKey], device: torch.device) -> dict[UnitKey, dict[int, BatchTensors]]:
+def unit_tensors(
+    bound: Bound, mine: Set[UnitKey], device: torch.device, tokens: TokenSource
+) -> dict[UnitKey, dict[int, BatchTensors]]:
     """(unit, chunk) → hTask → tensors, for the units that this rank computes."""
     works = [w for w in bound.program.units if w.key in mine]
     samples = whole_rows(works)
@@ -25,9 +27,9 @@ def unit_tensors(bound: Bound, mine: Set[UnitKey], device: torch.device) -> dict
         def whole(row: Row, step: int = work.key.step) -> Row:
             return samples[step, row.task, row.slot]
 
-        vocab, key = bound.plan.workload.model.vocab, work.key
+        key = work.key
         found[key] = {
-            b.htask: batch_tensors(b, vocab, device, whole, runs.get((key, b.htask)), key.chunk) for b in work.batches
+            b.htask: batch_tensors(b, tokens, device, whole, runs.get((key, b.htask)), key.chunk) for b in work.batches
         }
     return found
 

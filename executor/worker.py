@@ -19,6 +19,8 @@ import torch.distributed as dist
 from muxtune.executor import messages
 from muxtune.executor.checkpoint import FileRecord
 from muxtune.executor.comm import own_device
+from muxtune.executor.data import token_source
+from muxtune.executor.hf.backbone import HfBackbone
 from muxtune.executor.interpreter import RankRun
 from muxtune.executor.memory import allocation_peak, backbone_digest, resident_bytes
 from muxtune.executor.peers import PeerGroups, Peers
@@ -72,7 +74,9 @@ class Worker:
             name: dist.new_group(timeout=timeout) for name in ("activation", "gradient", "instance")
         }
         self.loaded: dict[str, Loaded] = {}
+        self.food = messages.Feed()
         self.answers: dict[type, Callable[[Any], Any]] = {
+            messages.Feed: self.feed,
             messages.Load: self.load,
             messages.Rebind: self.rebind,
             messages.Replan: self.replan,
@@ -85,6 +89,10 @@ class Worker:
             messages.Call: self.call,
             messages.Unload: lambda m: self.loaded.pop(m.name) and None,
         }
+
+    def feed(self, message: messages.Feed) -> None:
+        """Remember weights and texts for plans that are loaded later."""
+        self.food = message
 
     def load(self, message: messages.Load) -> None:
         """Build what a plan needs on this rank."""
@@ -108,11 +116,13 @@ class Worker:
     def _stage(self, plan: Plan, index: int, seed: int, peers: Peers) -> StageModel:
         instance = plan.instances[index]
         layout, rank = instance.layout, instance.devices.index(self.hello.rank)
-        model = plan.workload.model
-        return StageModel(model, layout, layout.stage_of(rank), rank % layout.tp, self.device, seed, peers)
+        model, folder = plan.workload.model, self.food.backbone
+        weights = None if folder is None else HfBackbone(folder, model)
+        return StageModel(model, layout, layout.stage_of(rank), rank % layout.tp, self.device, seed, peers, weights)
 
     def _rank_run(self, bound: Bound, stages: dict[int, StageModel], tasks: dict[str, TaskState]) -> RankRun:
-        return RankRun(bound, self.hello.rank, stages, tasks, self.groups, self.device)
+        tokens = token_source(bound.plan.workload, self.food.texts)
+        return RankRun(bound, self.hello.rank, stages, tasks, self.groups, self.device, tokens)
 
     def rebind(self, message: messages.Rebind) -> None:
         """Swap the Program of a loaded plan."""

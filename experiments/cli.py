@@ -280,6 +280,8 @@ def execute(
     cost: opt.Cost = "roofline",
     deterministic: opt.Deterministic = False,
     layer_spec: opt.LayerSpecName = "auto",
+    backbone: opt.Backbone = None,
+    data: opt.DataFolder = None,
     as_json: opt.AsJson = False,
 ) -> Answer:
     """Train by a plan on Megatron-core: times, memory, losses."""
@@ -295,11 +297,33 @@ def execute(
         changes=parse_changes(join or (), leave or (), replan, cost),
         deterministic=deterministic,
         layer_spec=layer_spec,
+        backbone=backbone,
+        data=data,
     )
     with Progress() as progress:
         options: dict[str, Any] = {"iterations": iterations, "trace": trace, "seed": seed, "out": out}
         options |= {"training": training, "progress": progress, "say": progress.say}
         body = command.run(plan, device=device.value, kernel=kernel.value, **options)
+    return Answer(body=body, show=command.show, as_json=as_json)
+
+
+@app.command(epilog=example("export run/state --task alice --backbone meta-llama/Llama-2-7b-hf --out adapters/alice"))
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a run or of one checkpoint.")],
+    task: Annotated[str, typer.Option("--task", metavar="TASK", help="Task whose adapter is written.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the adapter.")],
+    backbone: Annotated[
+        str, typer.Option("--backbone", metavar="NAME|DIR", help="Base model that the adapter's config names.")
+    ] = "",
+    architecture: Annotated[
+        str, typer.Option("--architecture", metavar="NAME", help="llama, qwen2, gpt2, opt.  [default: by the shapes]")
+    ] = "",
+    as_json: opt.AsJson = False,
+) -> Answer:
+    """Write a trained LoRA adapter in the format of Hugging Face peft."""
+    from muxtune.experiments.commands import export as command
+
+    body = command.run(checkpoint, task, out, backbone=backbone, architecture=architecture)
     return Answer(body=body, show=command.show, as_json=as_json)
 
 

@@ -170,3 +170,13 @@ Kernel = Annotated[
         "--kernel", help="Grouped LoRA by triton (CUDA), grouped-mm or a loop; auto is triton on CUDA, else the loop."
     ),
 ]
+Backbone = Annotated[
+    Path | None,
+    typer.Option("--backbone", metavar="DIR", help="Weights: folder of a Hugging Face model.  [default: random]"),
+]
+DataFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", metavar="DIR", help="Folder of the text data sets.  [default: seeded noise of their lengths]"
+    ),
+]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muxtune.executor.attention import Attending, whole_runs
-from muxtune.executor.data import batch_tensors
+from muxtune.executor.data import batch_tensors, noise_source
 from muxtune.executor.interpreter import RankRun
 from muxtune.executor.loss import token_losses
 from muxtune.executor.megatron import RaggedAttention, activation, rotate
@@ -121,7 +121,7 @@ class Bench:
 
     def _embedding(self, case: Case) -> Callable[[], list[Part]]:
         tensors = batch_tensors(
-            passage_batch(next(iter(self.tasks.values())), case.size[0]), self.model.vocab, self.device
+            passage_batch(next(iter(self.tasks.values())), case.size[0]), noise_source(self.model.vocab), self.device
         )
 
         def run() -> list[Part]:

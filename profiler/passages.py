@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muxtune.executor.data import BatchTensors, batch_tensors
+from muxtune.executor.data import BatchTensors, batch_tensors, noise_source
 from muxtune.executor.passage import Passage
 from muxtune.executor.stage import StageModel
 from muxtune.executor.tasks import register_task
@@ -44,7 +44,7 @@ def _stage(model: ModelSpec, task: Task, kind: tuple[int, ...], device: torch.de
 def build_passage(model: ModelSpec, task: Task, case: Case, device: torch.device) -> Callable[[], list[Part]]:
     """The runner of a passage case: forward and backward of one batch of one task, gradients thrown away."""
     stage = _stage(model, task, case.shape, device)
-    tensors = batch_tensors(passage_batch(task, case.size[0]), model.vocab, device)
+    tensors = batch_tensors(passage_batch(task, case.size[0]), noise_source(model.vocab), device)
     shape, dtype = (case.size[0], 1, model.hidden), next(stage.gpt.parameters()).dtype
     first, last = case.shape
     received = None if first else torch.randn(shape, dtype=dtype, device=device)

@@ -1,19 +1,35 @@
-"""restrict: a smaller plan that decides alike — fewer samples of some tasks, or none — to find the least that shows an effect."""
+"""Smaller plans that decide alike: without tasks that left, or with fewer samples to find the least that shows an effect."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from muxtune.spec.errors import InputError
-from muxtune.spec.plan import Bucket, Instance, LaunchList, MadeBy, Part, Plan, StageOrder, Unit, unit_chunks
+from muxtune.spec.errors import InputError, PlanError
+from muxtune.spec.plan import Bucket, Instance, LaunchList, Part, Plan, StageOrder, Unit, unit_chunks
 from muxtune.spec.task import Workload
+
+
+def without_tasks(plan: Plan, gone: Collection[str]) -> Plan:
+    """The plan that is left when tasks leave; what they leave empty goes with them.
+
+    Raises:
+        PlanError: a task is not in the plan, or none would be left.
+    """
+    known = [t.task_id for t in plan.workload.tasks]
+    for task_id in gone:
+        if task_id not in known:
+            raise PlanError(f"task {task_id!r} is not in the plan: it has {', '.join(known)}")
+    if set(known) <= set(gone):
+        raise PlanError(f"without {', '.join(known)} no task is left")
+    return restrict(plan, dict.fromkeys(gone, 0))
 
 
 def restrict(plan: Plan, samples: Mapping[str, int]) -> Plan:
     """The plan with the first `samples[task]` slots of each task; a task with none is left out, and so is what it empties.
 
-    Layout, alignment, order and launch lists stay as they are for what is left.
+    Layout, alignment, orders, feeds and launch lists stay as they are for what is left. The prediction and what a solver
+    proved are dropped: they were made for more.
 
     Raises:
         InputError: an unknown task, more samples than its global batch, or nothing is left.
@@ -26,9 +42,11 @@ def restrict(plan: Plan, samples: Mapping[str, int]) -> Plan:
     tasks = tuple(replace(t, global_batch_samples=kept[t.task_id]) for t in plan.workload.tasks if kept[t.task_id])
     if not tasks:
         raise InputError("no task has a sample left: keep at least one")
-    workload = replace(plan.workload, tasks=tasks)
+    used = {t.dataset for t in tasks}
+    datasets = tuple(d for d in plan.workload.datasets if d.name in used)
+    workload = replace(plan.workload, tasks=tasks, datasets=datasets)
     instances = tuple(_instance(workload, i, kept) for i in plan.instances if any(kept[t] for t in i.tasks))
-    made_by = MadeBy(policy=f"{plan.made_by.policy} (restricted)", cost_model=plan.made_by.cost_model)
+    made_by = replace(plan.made_by, solver=None, layouts=None)
     return replace(plan, workload=workload, instances=instances, made_by=made_by, predicted=None)
 
 

@@ -22,7 +22,7 @@ from muxtune.spec.lengths import embedded_length
 from muxtune.spec.model import model_preset
 from muxtune.spec.peft.lora import LoRA
 from muxtune.spec.plan import Plan
-from muxtune.spec.prune import without_tasks
+from muxtune.spec.restrict import without_tasks
 from muxtune.spec.task import Task, Workload
 
 ROUNDS = 15

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from muxtune.executor.data import batch_tensors, response_counts
+from muxtune.executor.data import batch_tensors, noise_source, response_counts
 from muxtune.spec.align import Batch, Row
 from muxtune.spec.bind import bind
 
@@ -20,7 +20,7 @@ def row(task: str, prompt: int, response: int, length: int, sample: int = 0) -> 
 def test_only_places_before_a_response_token_are_predicted() -> None:
     # a: PPPRR--- at 0..7, then RRRR at 8..11 (no prompt: its first token has no place before it); b: PR at 12..13.
     batch = Batch(htask=0, rows=(row("a", 3, 2, 8), row("a", 0, 4, 4, sample=1), row("b", 1, 1, 2)))
-    tensors = batch_tensors(batch, 64, CPU)
+    tensors = batch_tensors(batch, noise_source(64), CPU)
     places = {task: found.tolist() for task, found in tensors.targets}
     assert places == {"a": [2, 3, 8, 9, 10], "b": [12]}
     for found in places.values():
@@ -35,7 +35,7 @@ def test_the_mean_is_over_the_global_batch_however_it_is_cut(
     one, three = (response_counts(bind(plan, seed=5).program) for plan in plans)
     assert one == three
     places = [
-        sum(len(found) for t, found in batch_tensors(b, 1024, CPU).targets if t == "t0")
+        sum(len(found) for t, found in batch_tensors(b, noise_source(1024), CPU).targets if t == "t0")
         for plan in plans
         for w in bind(plan, seed=5).program.units
         for b in w.batches

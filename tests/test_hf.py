@@ -11,10 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from muxtune.executor.data import batch_tensors
+from muxtune.executor.data import batch_tensors, noise_source
 from muxtune.executor.hf.adapters import export_lora
 from muxtune.executor.hf.backbone import HfBackbone, fuse_qkv, split_qkv
-from muxtune.executor.hf.config import read_model
 from muxtune.executor.hf.families import family, family_of
 from muxtune.executor.megatron import _cut
 from muxtune.executor.stage import StageModel
@@ -22,6 +21,7 @@ from muxtune.executor.tasks import TaskState, register_task
 from muxtune.profiler.cases import one_task_batch
 from muxtune.spec.catalogue import pieces_of
 from muxtune.spec.errors import InputError, UnknownKeyError
+from muxtune.spec.hf_config import read_model
 from muxtune.spec.layout import Layout, even_layout
 from muxtune.spec.model import model_preset
 from muxtune.spec.peft.lora import LoRA
@@ -76,7 +76,7 @@ def task(targets: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2")) -> Task:
 
 def logits(stage: StageModel) -> tuple[torch.Tensor, torch.Tensor]:
     """(token ids, logits) of some rows through all pieces but the loss: (rows, length) and (rows, length, vocab)."""
-    tensors = batch_tensors(one_task_batch(task(), ROWS, LENGTH), stage.model.vocab, stage.device)
+    tensors = batch_tensors(one_task_batch(task(), ROWS, LENGTH), noise_source(stage.model.vocab), stage.device)
     passage = stage.begin(tensors, None)
     for piece in pieces_of(stage.layout, 0, "forward"):
         if piece.name != "head":

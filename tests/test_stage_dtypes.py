@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 import torch
 
-from muxtune.executor.data import batch_tensors
+from muxtune.executor.data import batch_tensors, noise_source
 from muxtune.executor.megatron import DTYPES
 from muxtune.executor.stage import StageModel
 from muxtune.executor.tasks import register_task
@@ -27,7 +27,7 @@ def passed(name: str, dtype: Literal["fp32", "fp16", "bf16"]) -> float:
     with torch.no_grad():
         stage = StageModel(model, even_layout(model, pp=1), 0, 0, torch.device("cpu"), seed=0)
         state = register_task(stage, TASK, seed=0)
-        passage = stage.begin(batch_tensors(passage_batch(TASK, 32), model.vocab, stage.device), None)
+        passage = stage.begin(batch_tensors(passage_batch(TASK, 32), noise_source(model.vocab), stage.device), None)
         for subgraph in stage.subgraphs["forward"]:
             stage.forward(passage, subgraph.index, {"a": 31})
         assert {p.dtype for p in stage.gpt.parameters()} == {DTYPES[dtype]}

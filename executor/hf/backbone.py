@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from muxtune.executor.hf.config import read_config, read_model
 from muxtune.executor.hf.families import MEGATRON, Family, family
 from muxtune.spec.errors import InputError
+from muxtune.spec.hf_config import read_config, read_model
 from muxtune.spec.model import ModelSpec
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

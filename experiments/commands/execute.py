@@ -21,6 +21,7 @@ from muxtune.executor.messages import Unload
 from muxtune.executor.reports import StepReport
 from muxtune.executor.session import Session
 from muxtune.executor.torchrun import leads, torchrun_rank
+from muxtune.experiments.commands.feed import read_feed
 from muxtune.experiments.commands.inputs import Progress, output_file, output_folder, read_plan, silent
 from muxtune.experiments.commands.metrics import Metrics, Say, quiet
 from muxtune.experiments.commands.training import Changes, Trained, require_reachable, train
@@ -49,6 +50,7 @@ class TrainOptions:
     """Options of training. `checkpoint` None saves nothing; `every` counts iterations between two saves.
 
     `layer_spec` is `auto`, `te` or `local`; `deterministic` refuses operators that may give other bits the next time.
+    `backbone` is a Hugging Face folder to read weights from, `data` the folder that text data sets are in.
     """
 
     checkpoint: Path | None = None
@@ -58,6 +60,8 @@ class TrainOptions:
     changes: Changes = NO_CHANGES
     deterministic: bool = False
     layer_spec: str = "auto"
+    backbone: Path | None = None
+    data: Path | None = None
 
 
 def run(
@@ -97,10 +101,12 @@ def run(
     _require_room(bound, device, ranks)
     require_reachable(options.changes, found, iterations)
     used = _choose_kernel(kernel, device)
+    food = read_feed(options.backbone, options.data, [found.workload, *(w for _, w in options.changes.joins)])
     with _held(options.checkpoint):
         start = starting_point(options, found, seed)
         metrics = Metrics(out, start.manifest.iteration if start else 0, iterations, say)
         with open_group(ranks, device, options.deterministic, options.layer_spec) as group:
+            group.ask(food)
             memory = memory_pass(group, bound, seed)
             session = _session(group, found, seed, options, start, say)
             progress("execute", session.iteration, iterations)
@@ -110,6 +116,7 @@ def run(
     body |= {"seed": seed, "resumed_at": start.manifest.iteration if start else None, "memory": memory}
     peaks = [x["peak_bytes"] for x in memory]
     body |= {"peak_bytes": max(peaks), "peak_bytes_per_rank": peaks, "kernel": used}
+    body |= {"backbone": str(options.backbone or "random weights"), "texts": sorted(food.texts)}
     body["provenance"] = plain(birth(device))
     if done.last is not None and traces:
         trace_text = json.dumps(chrome_trace([(f"{found.made_by.policy} (measured)", done.last.timeline())]))

@@ -17,7 +17,7 @@ from muxtune.sim.simulate import make_evaluate
 from muxtune.sim.traces.workload import read_workload
 from muxtune.spec.errors import InputError
 from muxtune.spec.plan import Plan
-from muxtune.spec.prune import without_tasks
+from muxtune.spec.restrict import without_tasks
 from muxtune.spec.task import Workload
 
 

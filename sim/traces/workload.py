@@ -9,6 +9,7 @@ from typing import Any, Literal
 from muxtune.sim.traces.lengths import read_lengths
 from muxtune.spec.errors import InputError, UnknownKeyError
 from muxtune.spec.files import read_data, validate
+from muxtune.spec.hf_config import read_model
 from muxtune.spec.lengths import LengthDistribution, embedded_lengths
 from muxtune.spec.model import ModelSpec, model_preset
 from muxtune.spec.noun import noun, plain
@@ -103,6 +104,9 @@ def _model(value: Any, path: Path) -> Any:
         raise InputError(f"{path}: model is missing: name a preset or give its shapes")
     if not isinstance(value, str):
         return value
+    folder = path.parent / value
+    if folder.is_dir():
+        return plain(read_model(folder))
     try:
         return plain(model_preset(value))
     except UnknownKeyError as error:

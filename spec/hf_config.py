@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from muxtune.executor.hf.families import family
-from muxtune.spec.errors import InputError
+from muxtune.spec.errors import InputError, UnknownKeyError
 from muxtune.spec.model import ModelSpec
 
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -47,7 +46,9 @@ def read_model(folder: Path) -> ModelSpec:
         UnknownKeyError: an architecture that is not known. InputError: a setting that the executor does not have.
     """
     config = read_config(folder)
-    name = family(config["model_type"]).name
+    name = config["model_type"]
+    if name not in SHAPES:
+        raise UnknownKeyError("architecture", name, SHAPES)
     place = folder / "config.json"
     shapes = SHAPES[name](config)
     _refuse(place, config, name)

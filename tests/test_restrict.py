@@ -12,7 +12,7 @@ from muxtune.spec.bind import bind, bind_draw
 from muxtune.spec.check import check
 from muxtune.spec.draw import draw_onward, draw_samples
 from muxtune.spec.errors import PlanError
-from muxtune.spec.prune import without_tasks
+from muxtune.spec.restrict import without_tasks
 
 POLICIES = ("hf-peft", "sl-peft", "temporal", "muxtune:charge=exact", "muxtune:alignment=chunk,chunk=64", "lorafusion")
 
