@@ -1,0 +1,1 @@
+"""Cluster policies: which job runs where and when, one file each."""

@@ -1,0 +1,429 @@
+"""Replay: the events of a cluster on SimPy. Between them an instance jumps by whole iterations of a predicted time.
+
+An instance changes its tasks only at the end of an iteration: done(t) = count + floor((t − begin) / iteration).
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from muxtune.sim.cluster.faults import Faults
+from muxtune.sim.cluster.fleet import Fleet
+from muxtune.sim.cluster.line import Line
+from muxtune.sim.cluster.parts import Instance, Member
+from muxtune.sim.cluster.prices import Price, Prices
+from muxtune.sim.cluster.setup import Setup
+from muxtune.sim.cluster.tally import Tally, Told
+from muxtune.sim.des import Environment
+from muxtune.spec.errors import InputError
+from muxtune.spec.fleet import FleetRules, task_type
+from muxtune.spec.jobs import Job, Trace, job_steps
+
+#: Events between two looks at whether the user wants to stop.
+PATIENCE = 256
+
+
+class Replay:
+    """One trace under one cluster policy and one pricer. `run` once; the figures are in `tally`, `fleet.books` and here."""
+
+    def __init__(
+        self, trace: Trace, rules: FleetRules, setup: Setup, prices: Prices, told: Told | None = None, timed: bool = True
+    ) -> None:
+        self.trace = trace
+        self.rules = rules
+        self.setup = setup
+        self.fleet = Fleet(setup, prices)
+        self.tally = Tally(told)
+        self.env = Environment()
+        self.lines: dict[str, Line] = {}
+        self.replans = self.preemptions = self.starts = 0
+        self.complete = True
+        self.decision_s = array("d")
+        self.timed = timed
+        self._jobs: Iterator[Job] = iter(trace)
+        self._faults = Faults(self)
+        self._present: dict[int, Member] = {}
+        self._more = True
+        self._ended = False
+        self._rounds = False
+        self._last_arrival_ns = 0
+
+    def run(self, report: Callable[[Replay], None] | None = None, every_events: int = 100_000) -> None:
+        """Replay to the end, or until `setup.stop` says so (`complete` is then false); `report` is called now and then.
+
+        Raises:
+            InputError: a job names a backbone that the setup does not have, or arrives before the one ahead of it.
+        """
+        env, stop = self.env, self.setup.stop
+        self._next_arrival()
+        self._faults.start()
+        if self.setup.until_ns is not None:
+            env.call_at(self.setup.until_ns, self._until, late=True)
+        next_event = env.next_event
+        while next_event():
+            if env.processed % PATIENCE == 0:
+                if stop is not None and stop():
+                    self.complete = False
+                    break
+                if report is not None and env.processed % every_events < PATIENCE:
+                    report(self)
+            if self._ended or (not self._more and not self._present):
+                break
+        self._close()
+
+    def _until(self, _: Any) -> None:
+        self._ended = True
+
+    def _close(self) -> None:
+        """Count what is under way up to now."""
+        fleet = self.fleet
+        fleet.now_ns = self.env.now
+        for instance in [i for live in fleet.live.values() for i in live]:
+            self._settle(instance, fleet.now_ns, whole=False)
+        fleet.books.close(fleet.now_ns)
+
+    # Arrivals.
+
+    def _next_arrival(self) -> None:
+        job = next(self._jobs, None)
+        if job is None:
+            self._more = False
+            return
+        if job.arrival_ns < self._last_arrival_ns:
+            raise InputError(
+                f"trace {self.trace.about.name}: job {job.job_id} arrives at {job.arrival_ns} ns, before the one ahead "
+                f"of it ({self._last_arrival_ns} ns): sort the trace by arrival"
+            )
+        self._last_arrival_ns = job.arrival_ns
+        self.env.call_at(job.arrival_ns, partial(self._arrive, job))
+
+    def _arrive(self, job: Job, _: Any) -> None:
+        fleet, now_ns = self.fleet, self.env.now
+        fleet.now_ns = now_ns
+        self._next_arrival()
+        member = self._member(job)
+        self.tally.arrived(member)
+        began_s = time.perf_counter() if self.timed else 0.0
+        reason = self._refused(member)
+        if reason is not None:
+            self.tally.left(member, "rejected", now_ns, 0, 0.0, reason)
+            return
+        fleet.books.jobs(now_ns, waiting=1)
+        member.crowd = float(fleet.books.crowd_ns)
+        self._present[member.index] = member
+        if job.cancel_ns is not None:
+            self.env.call_at(job.cancel_ns, partial(self._cancel, member))
+        self._wait(member)
+        self._dispatch(member.model)
+        if self.timed:
+            self.decision_s.append(time.perf_counter() - began_s)
+
+    def _member(self, job: Job) -> Member:
+        if job.model not in self.setup.models:
+            known = ", ".join(sorted(self.setup.models))
+            raise InputError(f"job {job.job_id}: backbone {job.model!r} is not served here: served are {known}")
+        prices = self.fleet.prices
+        kind = prices.kind(task_type(job))
+        shape = self.fleet.reference(job.model)
+        refused = self.fleet.refusal(kind, job.model)
+        solo_ns = prices.alone_ns(kind, shape) if refused is None else 1
+        steps = job_steps(job, solo_ns, self.trace.about.gpu_rule, self.setup.layouts[job.model].ranks)
+        member = Member(
+            self.tally.jobs,
+            job.job_id,
+            job.tenant,
+            job.model,
+            kind,
+            job.arrival_ns,
+            job.weight,
+            job.deadline_ns,
+            job.cancel_ns,
+            steps,
+        )
+        member.alone_ns = steps * solo_ns
+        return member
+
+    def _refused(self, member: Member) -> str | None:
+        reason = self.fleet.refusal(member.kind, member.model)
+        return reason if reason is not None else self.rules.admit(member, self.fleet)
+
+    # Waiting and dispatch.
+
+    def _wait(self, member: Member) -> None:
+        line = self.lines.get(member.model)
+        if line is None:
+            line = self.lines[member.model] = Line()
+        line.push(member, self.rules.group(member), self.rules.key(member, self.fleet))
+        self.fleet.lines_waiting += 1
+
+    def dispatch_all(self) -> None:
+        """Let every backbone's line be served."""
+        for model in list(self.lines):
+            self._dispatch(model)
+
+    def _dispatch(self, model: str) -> None:
+        line, rules, fleet = self.lines.get(model), self.rules, self.fleet
+        while line:
+            head = line.head(self._rank)
+            assert head is not None
+            place = rules.place(head, fleet)
+            if place is not None:
+                self._assign(line, head, place)
+            elif not self._make_room(line, head):
+                break
+        self._begin_started()
+        if line and rules.round_ns and not self._rounds:
+            self._rounds = True
+            self.env.call_at(self.env.now + rules.round_ns, self._round, late=True)
+
+    def _rank(self, group: str, head: Member) -> Any:
+        return self.rules.group_key(group, head, self.fleet)
+
+    def _make_room(self, line: Line, head: Member) -> bool:
+        """Stop an idle instance of another backbone, or a running job; whether anything was done."""
+        if self._reclaim(head):
+            return True
+        if not self.rules.preempts:
+            return False
+        victim = self.rules.victim(head, self.fleet)
+        if victim is None:
+            return False
+        assert isinstance(victim, Member)
+        self.preemptions += 1
+        place = victim.instance
+        assert place is not None
+        if victim in place.joins:
+            place.joins.remove(victim)
+            self.requeue(victim)
+        else:
+            victim.leaving = True
+            place.away += 1
+        self._assign(line, head, place)
+        return True
+
+    def _reclaim(self, head: Member) -> bool:
+        """Stop the longest idle instance of another backbone if that lets one of this backbone start."""
+        fleet = self.fleet
+        idle = [i for m, live in fleet.live.items() if m != head.model for i in live if i.idle_ns >= 0 and not i.joins]
+        if not idle or fleet.launchable(head.model):
+            return False
+        chosen = min(idle, key=lambda i: (i.idle_ns, i.number))
+        self._settle(chosen, self.env.now)
+        fleet.stop(chosen)
+        return True
+
+    def _assign(self, line: Line, member: Member, place: Any) -> None:
+        line.drop(member)
+        self.fleet.lines_waiting -= 1
+        self.fleet.books.jobs(self.env.now, waiting=-1, running=1)
+        self.fleet.count_running(member.tenant, 1)
+        member.instance = place
+        place.joins.append(member)
+        self.change(place)
+
+    def requeue(self, member: Member) -> None:
+        """A job that was on an instance waits again."""
+        member.instance = None
+        self.fleet.books.jobs(self.env.now, waiting=1, running=-1)
+        self.fleet.count_running(member.tenant, -1)
+        self._wait(member)
+
+    def _begin_started(self) -> None:
+        for instance in self.fleet.started:
+            self.starts += 1
+            self._schedule(instance, instance.begin_ns)
+        self.fleet.started.clear()
+
+    def _round(self, _: Any) -> None:
+        """A round of preemption: as long as the policy names victims."""
+        self._rounds = False
+        self.fleet.now_ns = self.env.now
+        self.dispatch_all()
+
+    # Instances.
+
+    def change(self, instance: Instance) -> None:
+        """The set of tasks changes at the next end of an iteration."""
+        if instance.state == "changing":
+            return
+        now_ns, begin_ns = self.env.now, instance.begin_ns
+        if now_ns <= begin_ns:
+            due_ns = begin_ns
+        elif instance.members:
+            due_ns = begin_ns - (begin_ns - now_ns) // instance.iteration_ns * instance.iteration_ns
+        else:
+            due_ns = now_ns
+        self._schedule(instance, due_ns)
+
+    def _schedule(self, instance: Instance, due_ns: int) -> None:
+        if instance.version and instance.due_ns == due_ns:
+            return
+        instance.version += 1
+        instance.due_ns = due_ns
+        self.env.call_at(due_ns, partial(self._boundary, instance, instance.version), late=True)
+
+    def _boundary(self, instance: Instance, version: int, _: Any) -> None:
+        """An iteration ended at which tasks are done, leave or join; or the backbone is loaded."""
+        if version != instance.version:
+            return
+        now_ns = self.fleet.now_ns = self.env.now
+        self._settle(instance, now_ns)
+        instance.state, instance.due_ns, instance.idle_ns = "changing", -1, -1
+        gone = self._depart(instance)
+        if gone:
+            began_s = time.perf_counter() if self.timed else 0.0
+            self._dispatch(instance.model)
+            if self.timed:
+                self.decision_s.append(time.perf_counter() - began_s)
+        came, instance.joins = instance.joins, []
+        for member in came:
+            instance.add(member)
+        self._resume(instance, came, gone)
+
+    def _depart(self, instance: Instance) -> int:
+        """Tasks that are done, cancelled or preempted leave; how many."""
+        members, count = instance.members, instance.count
+        gone = 0
+        done_at = instance.next_finish()
+        if done_at is not None and done_at <= count:
+            for member in [m for m in members.values() if m.done_at <= count]:
+                self.part(instance, member)
+                self.leave(member, "completed")
+                gone += 1
+        if instance.away:
+            for member in [m for m in members.values() if m.leaving]:
+                self.part(instance, member)
+                gone += 1
+                if member.cancel_ns is not None and member.cancel_ns <= self.env.now:
+                    self.leave(member, "cancelled")
+                else:
+                    member.moves += 1
+                    self.requeue(member)
+        return gone
+
+    def part(self, instance: Instance, member: Member) -> None:
+        """A task stops on its instance."""
+        had_ns = member.had_ns
+        instance.remove(member)
+        self.fleet.count_service(member.tenant, member.had_ns - had_ns)
+
+    def leave(self, member: Member, end: str, reason: str = "") -> None:
+        """A job that is on an instance leaves the system."""
+        member.instance = None
+        self.fleet.count_running(member.tenant, -1)
+        self.fleet.books.jobs(self.env.now, running=-1)
+        self._out(member, end, reason)
+
+    def _out(self, member: Member, end: str, reason: str = "") -> None:
+        now_ns = self.env.now
+        del self._present[member.index]
+        stayed_ns = now_ns - member.arrival_ns
+        slots = max(1, self.fleet.capacity // self.setup.layouts[member.model].ranks)
+        crowd = (self.fleet.books.crowd_ns - member.crowd) / stayed_ns / slots if stayed_ns else 1.0
+        tokens = member.steps * self.fleet.prices.kinds[member.kind].step_tokens
+        self.tally.left(member, end, now_ns, tokens, crowd, reason)
+
+    def _resume(self, instance: Instance, came: list[Member], gone: int) -> None:
+        """Go on with the tasks there are now; what does not fit after all goes back to the line."""
+        instance.state = "running"
+        now_ns, costs = self.env.now, self.setup.costs
+        instance.doing = "train"
+        if not instance.members:
+            self._idle(instance)
+            return
+        clock_mhz = self.rules.clock_mhz(instance, self.fleet)
+        if clock_mhz != instance.clock_mhz:
+            self.fleet.set_clock(instance, clock_mhz)
+        price = self.fleet.price(instance)
+        if not isinstance(price, Price):
+            self._send_back(instance, came)
+            return
+        iteration_ns = round(price.iteration_ns * instance.slowdown)
+        pause_ns = 0
+        if came or gone:
+            self.replans += 1
+            moved = any(m.restarts or m.moves for m in came)
+            pause_ns = costs.replan_ns + costs.join_ns * len(came) + costs.leave_ns * gone + costs.migrate_ns * moved
+        instance.begin_ns = now_ns + pause_ns
+        instance.iteration_ns, instance.rate = iteration_ns, price.billed_tokens
+        instance.joules, instance.busy = price.joules, price.busy
+        for member in came:
+            if member.first_ns < 0:
+                member.first_ns = instance.begin_ns
+        done_at = instance.next_finish()
+        assert done_at is not None
+        self._schedule(instance, instance.begin_ns + (done_at - instance.count) * iteration_ns)
+
+    def _send_back(self, instance: Instance, came: list[Member]) -> None:
+        self.fleet.careful.add(instance.shape)
+        for member in came[-1:]:
+            instance.remove(member)
+            self.requeue(member)
+        self._resume(instance, came[:-1], 1)
+        self._dispatch(instance.model)
+
+    def _idle(self, instance: Instance) -> None:
+        now_ns = self.env.now
+        instance.begin_ns = instance.idle_ns = now_ns
+        instance.iteration_ns = 0
+        wait_ns = self.rules.idle_stop_ns
+        if wait_ns is not None:
+            self.env.call_at(now_ns + wait_ns, partial(self._stop_idle, instance, now_ns), late=True)
+        if any(line for model, line in self.lines.items() if model != instance.model):
+            self.dispatch_all()
+
+    def _stop_idle(self, instance: Instance, since_ns: int, _: Any) -> None:
+        if instance.state != "running" or instance.idle_ns != since_ns or instance.joins:
+            return
+        self.fleet.now_ns = self.env.now
+        self._settle(instance, self.env.now)
+        self.fleet.stop(instance)
+        self.dispatch_all()
+
+    def _settle(self, instance: Instance, now_ns: int, whole: bool = True) -> None:
+        """Count the time since the last look; at the end of an iteration, or (not `whole`) anywhere at the end of the replay."""
+        books, gpus, seen_ns, begin_ns = self.fleet.books, len(instance.devices), instance.seen_ns, instance.begin_ns
+        instance.seen_ns = now_ns
+        if seen_ns < begin_ns:
+            books.spend("overhead", gpus, seen_ns, min(begin_ns, now_ns))
+            seen_ns = begin_ns
+        if now_ns <= seen_ns:
+            return
+        if not instance.members:
+            books.spend("idle", gpus, seen_ns, now_ns)
+            instance.begin_ns = now_ns
+            return
+        iterations, rest_ns = divmod(now_ns - begin_ns, instance.iteration_ns)
+        instance.count += iterations
+        instance.begin_ns = now_ns - rest_ns
+        instance.share_ns += gpus * (now_ns - begin_ns) / len(instance.members)
+        books.train(
+            begin_ns, now_ns - rest_ns, gpus, iterations * instance.rate, iterations * instance.joules, instance.busy
+        )
+        if not whole:
+            books.spend("busy", gpus, now_ns - rest_ns, now_ns)
+
+    # Cancellations.
+
+    def _cancel(self, member: Member, _: Any) -> None:
+        if member.index not in self._present:
+            return
+        now_ns = self.fleet.now_ns = self.env.now
+        place = member.instance
+        if place is None:
+            self.lines[member.model].drop(member)
+            self.fleet.lines_waiting -= 1
+            self.fleet.books.jobs(now_ns, waiting=-1)
+            self._out(member, "cancelled")
+        elif member in place.joins:
+            place.joins.remove(member)
+            self.leave(member, "cancelled")
+        else:
+            if not member.leaving:
+                member.leaving = True
+                place.away += 1
+            self.change(place)
