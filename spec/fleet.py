@@ -107,7 +107,7 @@ class Fault:
 
 
 class JobView(Protocol):
-    """A job in the system, as a policy may read it. Times are ns on the trace's clock."""
+    """A job in the system, as a policy may read it. Times are ns on the trace's clock, `tokens` billed ones of a step."""
 
     index: int
     tenant: str
@@ -116,6 +116,7 @@ class JobView(Protocol):
     weight: float
     deadline_ns: int | None
     steps: int
+    tokens: int
     restarts: int
     leaving: bool
 
@@ -188,6 +189,9 @@ class FleetView(Protocol):
 
     def waiting(self) -> int:
         """Jobs that wait."""
+
+    def clocks_mhz(self, instance: InstanceView) -> Sequence[int]:
+        """Core clocks of the instance's device, the reference first."""
 
 
 class FleetRules(Protocol):

@@ -49,14 +49,14 @@ class Replay:
         self._present: dict[int, Member] = {}
         self._more = True
         self._ended = False
-        self._rounds = False
+        self._rounds = self._in_round = False
         self._last_arrival_ns = 0
 
     def run(self, report: Callable[[Replay], None] | None = None, every_events: int = 100_000) -> None:
         """Replay to the end, or until `setup.stop` says so (`complete` is then false); `report` is called now and then.
 
         Raises:
-            InputError: a job names a backbone that the setup does not have, or arrives before the one ahead of it.
+            InputError: a job names an unknown backbone, or arrives before the one ahead of it.
         """
         env, stop = self.env, self.setup.stop
         self._next_arrival()
@@ -123,15 +123,11 @@ class Replay:
             self.decision_s.append(time.perf_counter() - began_s)
 
     def _member(self, job: Job) -> Member:
-        if job.model not in self.setup.models:
-            known = ", ".join(sorted(self.setup.models))
-            raise InputError(f"job {job.job_id}: backbone {job.model!r} is not served here: served are {known}")
         prices = self.fleet.prices
         kind = prices.kind(task_type(job))
         shape = self.fleet.reference(job.model)
-        refused = self.fleet.refusal(kind, job.model)
-        solo_ns = prices.alone_ns(kind, shape) if refused is None else 1
-        steps = job_steps(job, solo_ns, self.trace.about.gpu_rule, self.setup.layouts[job.model].ranks)
+        solo_ns = prices.alone_ns(kind, shape) if self.fleet.refusal(kind, job.model) is None else 1
+        steps = job_steps(job, solo_ns, self.trace.about.gpu_rule, self.fleet.served.layout(job.model).ranks)
         member = Member(
             self.tally.jobs,
             job.job_id,
@@ -145,6 +141,7 @@ class Replay:
             steps,
         )
         member.alone_ns = steps * solo_ns
+        member.tokens = prices.kinds[kind].step_tokens
         return member
 
     def _refused(self, member: Member) -> str | None:
@@ -187,7 +184,7 @@ class Replay:
         """Stop an idle instance of another backbone, or a running job; whether anything was done."""
         if self._reclaim(head):
             return True
-        if not self.rules.preempts:
+        if not self.rules.preempts or (self.rules.round_ns and not self._in_round):
             return False
         victim = self.rules.victim(head, self.fleet)
         if victim is None:
@@ -240,9 +237,10 @@ class Replay:
 
     def _round(self, _: Any) -> None:
         """A round of preemption: as long as the policy names victims."""
-        self._rounds = False
+        self._rounds, self._in_round = False, True
         self.fleet.now_ns = self.env.now
         self.dispatch_all()
+        self._in_round = False
 
     # Instances.
 
@@ -322,10 +320,9 @@ class Replay:
         now_ns = self.env.now
         del self._present[member.index]
         stayed_ns = now_ns - member.arrival_ns
-        slots = max(1, self.fleet.capacity // self.setup.layouts[member.model].ranks)
+        slots = max(1, self.fleet.capacity // self.fleet.served.layout(member.model).ranks)
         crowd = (self.fleet.books.crowd_ns - member.crowd) / stayed_ns / slots if stayed_ns else 1.0
-        tokens = member.steps * self.fleet.prices.kinds[member.kind].step_tokens
-        self.tally.left(member, end, now_ns, tokens, crowd, reason)
+        self.tally.left(member, end, now_ns, member.steps * member.tokens, crowd, reason)
 
     def _resume(self, instance: Instance, came: list[Member], gone: int) -> None:
         """Go on with the tasks there are now; what does not fit after all goes back to the line."""

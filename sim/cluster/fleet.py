@@ -11,7 +11,7 @@ from muxtune.sim.cluster.books import Books
 from muxtune.sim.cluster.parts import Instance, Member
 from muxtune.sim.cluster.pool import Pool
 from muxtune.sim.cluster.prices import Price, Prices, Refusal
-from muxtune.sim.cluster.setup import Setup, shape_of
+from muxtune.sim.cluster.setup import Served, Setup
 from muxtune.spec.units import NS_PER_S
 
 
@@ -20,6 +20,7 @@ class Fleet:
 
     def __init__(self, setup: Setup, prices: Prices) -> None:
         self.setup = setup
+        self.served = Served(setup)
         self.prices = prices
         self.now_ns = 0
         self.pools: list[Pool] = []
@@ -78,20 +79,20 @@ class Fleet:
         limit = self.setup.max_instances
         if limit is not None and sum(map(len, self.live.values())) >= limit:
             return ()
-        layout = self.setup.layouts[model]
+        layout = self.served.layout(model)
         return [n for n, p in enumerate(self.pools) if p.free >= layout.ranks and p.split(layout.ranks, layout.tp)]
 
     def launch(self, model: str, pool: int) -> Instance:
         """Start an instance there; it accepts tasks at once and runs them when the backbone is loaded."""
-        place, layout = self.pools[pool], self.setup.layouts[model]
+        place, layout = self.pools[pool], self.served.layout(model)
         split = place.split(layout.ranks, layout.tp)
         assert split is not None
-        shape = self.prices.shape(shape_of(self.setup, model, place.slice(split)))
+        shape = self.prices.shape(self.served.shape(model, place.slice(split)))
         made = Instance(self.launched, model, pool, place.take(split), shape)
         self.launched += 1
         made.seen_ns = self.now_ns
         costs = self.setup.costs
-        load_ns = self.setup.weights_bytes(model) * NS_PER_S // (costs.load_bytes_per_s * layout.ranks)
+        load_ns = self.served.weights_bytes(model) * NS_PER_S // (costs.load_bytes_per_s * layout.ranks)
         made.begin_ns = made.due_ns = self.now_ns + costs.start_ns + load_ns
         made.slow = {d: self.slow[d] for d in made.devices if d in self.slow}
         self.holder.update(dict.fromkeys(made.devices, made))
@@ -109,11 +110,11 @@ class Fleet:
 
     def new_rate(self, model: str, pool: int, job: Member) -> float:
         """Predicted billed tokens per second of the job alone on a new instance in this pool."""
-        place, layout = self.pools[pool], self.setup.layouts[model]
+        place, layout = self.pools[pool], self.served.layout(model)
         split = place.split(layout.ranks, layout.tp)
         if split is None:
             return 0.0
-        shape = self.prices.shape(shape_of(self.setup, model, place.slice(split)))
+        shape = self.prices.shape(self.served.shape(model, place.slice(split)))
         found = self.prices.ask((job.kind,), shape)
         return found.tokens_per_s if isinstance(found, Price) else 0.0
 
@@ -156,12 +157,16 @@ class Fleet:
         """Jobs that wait."""
         return self.lines_waiting
 
+    def clocks_mhz(self, instance: Instance) -> Sequence[int]:
+        """Core clocks of the instance's device, the reference first."""
+        return self.pools[instance.pool].cluster.device.frequency_mhz
+
     # What the engine does.
 
     def reference(self, model: str) -> int:
         """The number of the reference instance's shape."""
         if model not in self._reference:
-            self._reference[model] = self.prices.shape(self.setup.reference(model))
+            self._reference[model] = self.prices.shape(self.served.reference(model))
         return self._reference[model]
 
     def refusal(self, kind: int, model: str) -> str | None:
@@ -172,15 +177,12 @@ class Fleet:
 
     def _ask_alone(self, kind: int, model: str) -> str | None:
         reason = ""
-        for place in self.pools:
-            layout = self.setup.layouts[model]
-            whole = Pool(place.cluster)
-            split = whole.split(layout.ranks, layout.tp)
-            if split is None:
-                reason = f"{layout.name} does not fit cluster {place.cluster.name} of {place.cluster.size} devices"
+        for pool, place in enumerate(self.pools):
+            shape = self.served.empty_shape(model, pool)
+            if shape is None:
+                reason = f"{self.served.layout(model).name} does not fit cluster {place.cluster.name}"
                 continue
-            shape = self.prices.shape(shape_of(self.setup, model, whole.slice(split)))
-            found = self.prices.ask((kind,), shape)
+            found = self.prices.ask((kind,), self.prices.shape(shape))
             if isinstance(found, Price):
                 return None
             reason = found.reason

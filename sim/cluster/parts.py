@@ -12,7 +12,7 @@ class Member:
     __slots__ = (
         *("index", "job_id", "tenant", "model", "kind", "arrival_ns", "weight", "deadline_ns", "cancel_ns", "steps"),
         *("left", "done_at", "instance", "first_ns", "had_ns", "joined_share", "lost_steps", "restarts", "moves"),
-        *("alone_ns", "crowd", "leaving", "stay"),
+        *("alone_ns", "crowd", "leaving", "stay", "tokens"),
     )
 
     def __init__(
@@ -44,7 +44,7 @@ class Member:
         self.had_ns = 0.0
         self.joined_share = 0.0
         self.lost_steps = self.restarts = self.moves = 0
-        self.alone_ns = 0
+        self.alone_ns = self.tokens = 0
         self.crowd = 0.0
         self.leaving = False
         self.stay = 0

@@ -5,24 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from muxtune.sim.cluster.pool import Pool
 from muxtune.spec.cluster import Cluster
+from muxtune.spec.errors import InputError
 from muxtune.spec.fleet import Fault, FleetCosts, InstanceShape
 from muxtune.spec.layout import Layout
-from muxtune.spec.model import ModelSpec
+from muxtune.spec.model import ModelSpec, model_preset
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
     """A fleet and how it is run.
 
-    `clusters` are pools of one device type each. `models` are the backbones by name, `layouts` the layout of an instance of
-    each. At most `tasks_per_instance` tasks share one. The reference instance of the work rule stands in pool 0.
+    `clusters` are pools of one device type each. `layout_of` gives the layout of an instance of a backbone. At most
+    `tasks_per_instance` tasks share one. The reference instance of the work rule stands in pool 0.
     `until_ns` ends the replay, else it ends when every job has left. A job is given up after `max_restarts` failures.
+    `stop` is asked now and then whether to end early.
     """
 
     clusters: tuple[Cluster, ...]
-    models: dict[str, ModelSpec]
-    layouts: dict[str, Layout]
+    layout_of: Callable[[ModelSpec], Layout]
+    model_of: Callable[[str], ModelSpec] = model_preset
     microbatches: int = 4
     tasks_per_instance: int = 8
     max_instances: int | None = None
@@ -32,32 +35,58 @@ class Setup:
     max_restarts: int | None = None
     stop: Callable[[], bool] | None = None
 
-    def weights_bytes(self, model: str) -> int:
+
+class Served:
+    """Backbones as they come up: their layouts, weights, and shapes on a pool that is empty."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self._models: dict[str, ModelSpec] = {}
+        self._layouts: dict[str, Layout] = {}
+
+    def model(self, name: str) -> ModelSpec:
+        """A backbone.
+
+        Raises:
+            UnknownKeyError: there is none of this name.
+        """
+        if name not in self._models:
+            self._models[name] = self.setup.model_of(name)
+        return self._models[name]
+
+    def layout(self, name: str) -> Layout:
+        """The layout of its instances."""
+        if name not in self._layouts:
+            self._layouts[name] = self.setup.layout_of(self.model(name))
+        return self._layouts[name]
+
+    def weights_bytes(self, name: str) -> int:
         """Bytes of a backbone."""
-        spec = self.models[model]
-        return spec.parameters * spec.element_bytes
+        model = self.model(name)
+        return model.parameters * model.element_bytes
 
-    def reference(self, model: str) -> InstanceShape:
-        """The reference instance: the first devices of pool 0."""
-        from_nodes = self.clusters[0]
-        return shape_of(self, model, slice_of(from_nodes, self.layouts[model].ranks))
+    def shape(self, name: str, part: Cluster) -> InstanceShape:
+        """The shape of an instance on a part of a cluster."""
+        return InstanceShape(model=name, slice=part, layout=self.layout(name), microbatches=self.setup.microbatches)
 
+    def empty_shape(self, name: str, pool: int) -> InstanceShape | None:
+        """The shape of an instance on a pool of which nothing is taken; None where it does not fit."""
+        place = Pool(self.setup.clusters[pool])
+        layout = self.layout(name)
+        split = place.split(layout.ranks, layout.tp)
+        return None if split is None else self.shape(name, place.slice(split))
 
-def shape_of(setup: Setup, model: str, part: Cluster, clock_mhz: int = 0) -> InstanceShape:
-    """The shape of an instance on a part of a cluster."""
-    return InstanceShape(
-        model=model,
-        slice=part,
-        layout=setup.layouts[model],
-        microbatches=setup.microbatches,
-        frequency_mhz=clock_mhz,
-    )
+    def reference(self, name: str) -> InstanceShape:
+        """The reference instance of the work rule: on the first pool.
 
-
-def slice_of(cluster: Cluster, size: int) -> Cluster:
-    """What an instance of `size` devices sees on an empty cluster."""
-    from muxtune.sim.cluster.pool import Pool
-
-    pool = Pool(cluster)
-    split = pool.split(min(size, cluster.size), 1)
-    return cluster if split is None else pool.slice(split)
+        Raises:
+            InputError: it does not fit there.
+        """
+        found = self.empty_shape(name, 0)
+        if found is None:
+            cluster, layout = self.setup.clusters[0], self.layout(name)
+            raise InputError(
+                f"an instance of {name} ({layout.name}) needs {layout.ranks} devices, cluster {cluster.name} has "
+                f"{cluster.size}: give a larger --cluster or a smaller --gpus-per-instance"
+            )
+        return found

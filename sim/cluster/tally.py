@@ -41,7 +41,7 @@ class Tally:
         self.tenants: dict[str, Tenant] = {}
         self.met = self.deadlines = 0
         self.lost_steps = self.restarts = self.moves = 0
-        self.asked_tokens = 0
+        self.asked_tokens = self.partial_tokens = 0
         self.last_ns = 0
 
     def arrived(self, member: Member) -> Tenant:
@@ -75,6 +75,8 @@ class Tally:
             tenant.met += met
         if end == "completed":
             self._completed(member, tenant, now_ns, tokens, rivals)
+        else:
+            self.partial_tokens += (member.steps - member.left) * member.tokens
         if self.told is not None:
             self.told(_row(member, end, now_ns, reason))
 
