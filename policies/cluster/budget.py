@@ -41,4 +41,5 @@ class Budget(ClusterPolicy):
         return (spent if spent >= 1.0 else 0.0), head.arrival_ns
 
     def _spent(self, job: JobView, fleet: FleetView) -> float:
-        return fleet.service_ns(job.tenant) / (self.config.gpu_hours * job.weight * 3600 * NS_PER_S)
+        budget_ns: float = self.config.gpu_hours * job.weight * 3600 * NS_PER_S
+        return fleet.service_ns(job.tenant) / budget_ns

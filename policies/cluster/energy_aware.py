@@ -8,7 +8,7 @@ from __future__ import annotations
 from muxtune.policies.cluster.base import ClusterPolicy, pack
 from muxtune.spec.fleet import FleetView, InstanceView, JobView
 from muxtune.spec.noun import noun
-from muxtune.spec.units import NS_PER_S
+from muxtune.spec.units import seconds_to_ns
 
 
 @noun
@@ -34,7 +34,7 @@ class EnergyAware(ClusterPolicy):
     @property
     def idle_stop_ns(self) -> int | None:
         """As configured."""
-        return round(self.config.idle_s * NS_PER_S)
+        return seconds_to_ns(self.config.idle_s)
 
     def place(self, job: JobView, fleet: FleetView) -> InstanceView | None:
         """The fullest instance with room; a new one only if there is none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from muxtune.policies.cluster.base import ClusterPolicy, others
 from muxtune.spec.fleet import FleetView, JobView
 from muxtune.spec.noun import noun
-from muxtune.spec.units import NS_PER_S
+from muxtune.spec.units import NS_PER_S, seconds_to_ns
 
 
 @noun
@@ -32,7 +32,7 @@ class Las(ClusterPolicy):
     @property
     def round_ns(self) -> int:
         """As configured."""
-        return round(self.config.round_s * NS_PER_S)
+        return seconds_to_ns(self.config.round_s)
 
     def key(self, job: JobView, fleet: FleetView) -> tuple[int, int]:
         """(queue, arrival)."""

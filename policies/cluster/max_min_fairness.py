@@ -7,7 +7,7 @@ from collections import Counter
 from muxtune.policies.cluster.base import ClusterPolicy, others
 from muxtune.spec.fleet import FleetView, JobView
 from muxtune.spec.noun import noun
-from muxtune.spec.units import NS_PER_S
+from muxtune.spec.units import seconds_to_ns
 
 
 @noun
@@ -34,7 +34,7 @@ class MaxMinFairness(ClusterPolicy):
     @property
     def round_ns(self) -> int:
         """As configured."""
-        return round(self.config.round_s * NS_PER_S)
+        return seconds_to_ns(self.config.round_s)
 
     def group(self, job: JobView) -> str:
         """A line a tenant."""

@@ -9,7 +9,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from muxtune.sim.cluster.faults import Faults
 from muxtune.sim.cluster.fleet import Fleet
@@ -20,7 +20,7 @@ from muxtune.sim.cluster.setup import Setup
 from muxtune.sim.cluster.tally import Tally, Told
 from muxtune.sim.des import Environment
 from muxtune.spec.errors import InputError
-from muxtune.spec.fleet import FleetRules, task_type
+from muxtune.spec.fleet import FleetRules, FleetView, task_type
 from muxtune.spec.jobs import Job, Trace, job_steps
 
 #: Events between two looks at whether the user wants to stop.
@@ -31,12 +31,20 @@ class Replay:
     """One trace under one cluster policy and one pricer. `run` once; the figures are in `tally`, `fleet.books` and here."""
 
     def __init__(
-        self, trace: Trace, rules: FleetRules, setup: Setup, prices: Prices, told: Told | None = None, timed: bool = True
+        self,
+        trace: Trace,
+        rules: FleetRules,
+        setup: Setup,
+        prices: Prices,
+        told: Told | None = None,
+        timed: bool = True,
     ) -> None:
         self.trace = trace
         self.rules = rules
         self.setup = setup
         self.fleet = Fleet(setup, prices)
+        # A policy only hands back what it was handed: a Fleet is given Members and Instances.
+        self._view = cast(FleetView, self.fleet)
         self.tally = Tally(told)
         self.env = Environment()
         self.lines: dict[str, Line] = {}
@@ -45,8 +53,8 @@ class Replay:
         self.decision_s = array("d")
         self.timed = timed
         self._jobs: Iterator[Job] = iter(trace)
-        self._faults = Faults(self)
-        self._present: dict[int, Member] = {}
+        self.faults = Faults(self)
+        self.present: dict[int, Member] = {}
         self._more = True
         self._ended = False
         self._rounds = self._in_round = False
@@ -60,7 +68,7 @@ class Replay:
         """
         env, stop = self.env, self.setup.stop
         self._next_arrival()
-        self._faults.start()
+        self.faults.start()
         if self.setup.until_ns is not None:
             env.call_at(self.setup.until_ns, self._until, late=True)
         next_event = env.next_event
@@ -71,7 +79,7 @@ class Replay:
                     break
                 if report is not None and env.processed % every_events < PATIENCE:
                     report(self)
-            if self._ended or (not self._more and not self._present):
+            if self._ended or (not self._more and not self.present):
                 break
         self._close()
 
@@ -114,7 +122,7 @@ class Replay:
             return
         fleet.books.jobs(now_ns, waiting=1)
         member.crowd = float(fleet.books.crowd_ns)
-        self._present[member.index] = member
+        self.present[member.index] = member
         if job.cancel_ns is not None:
             self.env.call_at(job.cancel_ns, partial(self._cancel, member))
         self._wait(member)
@@ -146,7 +154,7 @@ class Replay:
 
     def _refused(self, member: Member) -> str | None:
         reason = self.fleet.refusal(member.kind, member.model)
-        return reason if reason is not None else self.rules.admit(member, self.fleet)
+        return reason if reason is not None else self.rules.admit(member, self._view)
 
     # Waiting and dispatch.
 
@@ -154,7 +162,7 @@ class Replay:
         line = self.lines.get(member.model)
         if line is None:
             line = self.lines[member.model] = Line()
-        line.push(member, self.rules.group(member), self.rules.key(member, self.fleet))
+        line.push(member, self.rules.group(member), self.rules.key(member, self._view))
         self.fleet.lines_waiting += 1
 
     def dispatch_all(self) -> None:
@@ -163,11 +171,11 @@ class Replay:
             self._dispatch(model)
 
     def _dispatch(self, model: str) -> None:
-        line, rules, fleet = self.lines.get(model), self.rules, self.fleet
+        line, rules = self.lines.get(model), self.rules
         while line:
             head = line.head(self._rank)
             assert head is not None
-            place = rules.place(head, fleet)
+            place = rules.place(head, self._view)
             if place is not None:
                 self._assign(line, head, place)
             elif not self._make_room(line, head):
@@ -178,7 +186,7 @@ class Replay:
             self.env.call_at(self.env.now + rules.round_ns, self._round, late=True)
 
     def _rank(self, group: str, head: Member) -> Any:
-        return self.rules.group_key(group, head, self.fleet)
+        return self.rules.group_key(group, head, self._view)
 
     def _make_room(self, line: Line, head: Member) -> bool:
         """Stop an idle instance of another backbone, or a running job; whether anything was done."""
@@ -186,7 +194,7 @@ class Replay:
             return True
         if not self.rules.preempts or (self.rules.round_ns and not self._in_round):
             return False
-        victim = self.rules.victim(head, self.fleet)
+        victim = self.rules.victim(head, self._view)
         if victim is None:
             return False
         assert isinstance(victim, Member)
@@ -318,7 +326,7 @@ class Replay:
 
     def _out(self, member: Member, end: str, reason: str = "") -> None:
         now_ns = self.env.now
-        del self._present[member.index]
+        del self.present[member.index]
         stayed_ns = now_ns - member.arrival_ns
         slots = max(1, self.fleet.capacity // self.fleet.served.layout(member.model).ranks)
         crowd = (self.fleet.books.crowd_ns - member.crowd) / stayed_ns / slots if stayed_ns else 1.0
@@ -332,7 +340,7 @@ class Replay:
         if not instance.members:
             self._idle(instance)
             return
-        clock_mhz = self.rules.clock_mhz(instance, self.fleet)
+        clock_mhz = self.rules.clock_mhz(instance, self._view)
         if clock_mhz != instance.clock_mhz:
             self.fleet.set_clock(instance, clock_mhz)
         price = self.fleet.price(instance)
@@ -386,12 +394,12 @@ class Replay:
         books, gpus, seen_ns, begin_ns = self.fleet.books, len(instance.devices), instance.seen_ns, instance.begin_ns
         instance.seen_ns = now_ns
         if seen_ns < begin_ns:
-            books.spend("overhead", gpus, seen_ns, min(begin_ns, now_ns))
+            books.spend("overhead", gpus, seen_ns, min(begin_ns, now_ns), instance.idle_w)
             seen_ns = begin_ns
         if now_ns <= seen_ns:
             return
         if not instance.members:
-            books.spend("idle", gpus, seen_ns, now_ns)
+            books.spend("idle", gpus, seen_ns, now_ns, instance.idle_w)
             instance.begin_ns = now_ns
             return
         iterations, rest_ns = divmod(now_ns - begin_ns, instance.iteration_ns)
@@ -402,12 +410,12 @@ class Replay:
             begin_ns, now_ns - rest_ns, gpus, iterations * instance.rate, iterations * instance.joules, instance.busy
         )
         if not whole:
-            books.spend("busy", gpus, now_ns - rest_ns, now_ns)
+            books.spend("busy", gpus, now_ns - rest_ns, now_ns, instance.idle_w)
 
     # Cancellations.
 
     def _cancel(self, member: Member, _: Any) -> None:
-        if member.index not in self._present:
+        if member.index not in self.present:
             return
         now_ns = self.fleet.now_ns = self.env.now
         place = member.instance

@@ -38,7 +38,9 @@ class Faults:
             raise InputError(f"faults: one at {fault.at_ns} ns follows one at {self._last_ns} ns: sort them by time")
         known = self.replay.fleet.capacity
         if max(fault.devices) >= known or min(fault.devices) < 0:
-            raise InputError(f"faults: device {max(fault.devices)} at {fault.at_ns} ns: the devices are 0 to {known - 1}")
+            raise InputError(
+                f"faults: device {max(fault.devices)} at {fault.at_ns} ns: the devices are 0 to {known - 1}"
+            )
         self._last_ns = fault.at_ns
         self.replay.env.call_at(fault.at_ns, partial(self._strike, fault))
 
@@ -106,20 +108,21 @@ class Faults:
         now_ns, begin_ns, seen_ns = self.replay.env.now, instance.begin_ns, instance.seen_ns
         instance.seen_ns = now_ns
         if seen_ns < begin_ns:
-            books.spend("overhead", gpus, seen_ns, min(begin_ns, now_ns))
+            books.spend("overhead", gpus, seen_ns, min(begin_ns, now_ns), instance.idle_w)
             seen_ns = begin_ns
         if now_ns <= seen_ns:
             return 0
         if not instance.members:
-            books.spend("idle", gpus, seen_ns, now_ns)
+            books.spend("idle", gpus, seen_ns, now_ns, instance.idle_w)
             return 0
         each_ns = instance.iteration_ns
         done = (now_ns - begin_ns) // each_ns
-        lost = done % max(1, -(-self.replay.setup.costs.checkpoint_ns // each_ns))
+        lost: int = done % max(1, -(-self.replay.setup.costs.checkpoint_ns // each_ns))
         kept = done - lost
         kept_ns = begin_ns + kept * each_ns
         books.train(begin_ns, kept_ns, gpus, kept * instance.rate, kept * instance.joules, instance.busy)
-        books.spend("lost", gpus, kept_ns, now_ns)
+        books.spend("lost", gpus, kept_ns, kept_ns + lost * each_ns)
+        books.spend("lost", gpus, kept_ns + lost * each_ns, now_ns, instance.idle_w)
         books.lost_tokens += lost * instance.rate
         books.lost_joules += lost * instance.joules
         instance.count += kept

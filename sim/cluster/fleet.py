@@ -28,6 +28,7 @@ class Fleet:
             self.pools.append(Pool(cluster, self.pools[-1].end if self.pools else 0))
         self.capacity = self.pools[-1].end
         self.books = Books(self.capacity)
+        self.count_devices()
         self.live: dict[str, list[Instance]] = {}
         self.launched = 0
         self.slow: dict[int, float] = {}
@@ -43,7 +44,9 @@ class Fleet:
 
     def count_devices(self) -> None:
         """Tell the books how many devices are free and down."""
-        self.books.devices(self.now_ns, sum(p.free for p in self.pools), sum(len(p.down) for p in self.pools))
+        free_w = sum(p.free * p.cluster.device.idle_w for p in self.pools)
+        down = sum(len(p.down) for p in self.pools)
+        self.books.devices(self.now_ns, sum(p.free for p in self.pools), down, free_w)
 
     # What a policy may ask (spec/fleet.py: FleetView).
 
@@ -91,6 +94,7 @@ class Fleet:
         made = Instance(self.launched, model, pool, place.take(split), shape)
         self.launched += 1
         made.seen_ns = self.now_ns
+        made.idle_w = place.cluster.device.idle_w
         costs = self.setup.costs
         load_ns = self.served.weights_bytes(model) * NS_PER_S // (costs.load_bytes_per_s * layout.ranks)
         made.begin_ns = made.due_ns = self.now_ns + costs.start_ns + load_ns

@@ -43,6 +43,7 @@ class Prices:
         self.shapes: list[InstanceShape] = []
         self.asked = self.made = 0
         self.worst_error = 0.0
+        self.has_energy = True
         self._kind: dict[TaskType, int] = {}
         self._shape: dict[InstanceShape, int] = {}
         self._known: dict[tuple[int, tuple[int, ...]], Price | Refusal] = {}
@@ -79,6 +80,7 @@ class Prices:
             seen = self.pricer([self.kinds[k] for k in kinds], shape)
         except NoAnswerError as error:
             return Refusal(reason=str(error))
+        self.has_energy &= seen.energy_j is not None
         self.worst_error = max(self.worst_error, seen.relative_error)
         return Price(
             iteration_ns=max(1, seen.iteration_ns),

@@ -39,7 +39,9 @@ def _fault(row: dict[str, str | None], place: str) -> Fault:
             slowdown=float(slowdown) if slowdown else None,
         )
     except (ValueError, OverflowError) as error:
-        raise InputError(f"{place}: {error}: give seconds, devices as 3, 4-7 or 1 5 9, slowdown empty or >= 1") from error
+        raise InputError(
+            f"{place}: {error}: give seconds, devices as 3, 4-7 or 1 5 9, slowdown empty or >= 1"
+        ) from error
 
 
 def _devices(text: str) -> tuple[int, ...]:
