@@ -8,7 +8,7 @@ from typing import Any
 
 from muxtune.policies.cluster.base import make_cluster_policy
 from muxtune.sim.cluster.engine import Replay
-from muxtune.sim.cluster.prices import Prices
+from muxtune.sim.cluster.prices import Prices, Shelf
 from muxtune.sim.cluster.setup import Setup
 from muxtune.spec.cluster import parse_cluster
 from muxtune.spec.errors import InfeasibleError
@@ -103,7 +103,8 @@ def replayed(trace: Trace, policy: str = "fcfs", pricer: Pricer | None = None, *
         layout_of=lambda model: even_layout(model, pp=pp),
         **given,
     )
-    prices = Prices(pricer or by_count(), solo, cached=cached)
+    shelf = Shelf(pricer or by_count())
+    prices = Prices(shelf, Shelf(solo) if solo else shelf, cached=cached)
     replay = Replay(trace, make_cluster_policy(policy), made, prices, timed=False)
     replay.run()
     return replay

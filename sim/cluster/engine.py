@@ -134,8 +134,8 @@ class Replay:
         prices = self.fleet.prices
         kind = prices.kind(task_type(job))
         shape = self.fleet.reference(job.model)
-        solo_ns = prices.alone_ns(kind, shape) if self.fleet.refusal(kind, job.model) is None else 1
-        steps = job_steps(job, solo_ns, self.trace.about.gpu_rule, self.fleet.served.layout(job.model).ranks)
+        solo_ns = prices.alone_ns(kind, shape)
+        steps = job_steps(job, solo_ns, self.trace.about.gpu_rule, prices.shapes[shape].layout.ranks) if solo_ns else 1
         member = Member(
             self.tally.jobs,
             job.job_id,
@@ -153,7 +153,9 @@ class Replay:
         return member
 
     def _refused(self, member: Member) -> str | None:
-        reason = self.fleet.refusal(member.kind, member.model)
+        reason = (
+            self.fleet.refusal(member.kind, member.model) if member.alone_ns else "does not fit the reference instance"
+        )
         return reason if reason is not None else self.rules.admit(member, self._view)
 
     # Waiting and dispatch.
@@ -355,7 +357,7 @@ class Replay:
             pause_ns = costs.replan_ns + costs.join_ns * len(came) + costs.leave_ns * gone + costs.migrate_ns * moved
         instance.begin_ns = now_ns + pause_ns
         instance.iteration_ns, instance.rate = iteration_ns, price.billed_tokens
-        instance.joules, instance.busy = price.joules, price.busy
+        instance.joules, instance.busy = price.joules or 0.0, price.busy
         for member in came:
             if member.first_ns < 0:
                 member.first_ns = instance.begin_ns

@@ -88,9 +88,10 @@ class Pool:
     def slice(self, split: Sequence[tuple[int, int]]) -> Cluster:
         """The part of the cluster that an instance sees: its nodes with the devices it has there, and their links.
 
-        Equal parts are equal nouns, wherever they stand.
+        Equal parts are equal nouns, wherever they stand and however large the cluster is.
         """
         nodes = tuple(Node(gpus=count, link=self.cluster.nodes[place].link) for place, count in split)
         ordered = tuple(sorted(nodes, key=lambda n: (-n.gpus, n.link.kind)))
         sizes = "+".join(str(n.gpus) for n in ordered)
-        return replace(self.cluster, name=f"{self.cluster.name}[{sizes}]", nodes=ordered)
+        name = f"{sizes}x{self.cluster.device.name}-{ordered[0].link.kind}"
+        return replace(self.cluster, name=name, nodes=ordered)

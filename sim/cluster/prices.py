@@ -6,18 +6,19 @@ from collections.abc import Sequence
 
 from muxtune.spec.errors import NoAnswerError
 from muxtune.spec.fleet import InstanceShape, Pricer, TaskType
-from muxtune.spec.noun import noun
+from muxtune.spec.noun import digest, noun
 
 
 @noun
 class Price:
-    """One iteration of an instance: its time, billed tokens, joules (0 where unknown), share of device time computed in."""
+    """One iteration of an instance: its time, billed tokens, joules (None: unknown), share of device time computed in."""
 
     iteration_ns: int
     billed_tokens: int
-    joules: float
+    joules: float | None
     busy: float
     peak_bytes: int
+    relative_error: float
 
     @property
     def tokens_per_s(self) -> float:
@@ -32,18 +33,51 @@ class Refusal:
     reason: str
 
 
-class Prices:
-    """Task types and shapes by number, and what was predicted of them. Types keep the order in which they first came."""
+class Shelf:
+    """What a pricer said of multisets on shapes, for several replays; tasks are named by their digests, in their order."""
 
-    def __init__(self, pricer: Pricer, solo: Pricer | None = None, cached: bool = True) -> None:
+    def __init__(self, pricer: Pricer) -> None:
         self.pricer = pricer
-        self.solo = solo or pricer
-        self.cached = cached
+        self.known: dict[tuple[tuple[str, ...], InstanceShape], Price | Refusal] = {}
+
+    def ask(self, types: Sequence[TaskType], names: Sequence[str], shape: InstanceShape, keep: bool) -> Price | Refusal:
+        """The price; equal multisets are priced once where `keep`."""
+        ordered = sorted(zip(names, types, strict=True), key=lambda x: x[0])
+        key = (tuple(name for name, _ in ordered), shape)
+        found = self.known.get(key) if keep else None
+        if found is None:
+            found = self.known[key] = self._make([t for _, t in ordered], shape)
+        return found
+
+    def _make(self, types: Sequence[TaskType], shape: InstanceShape) -> Price | Refusal:
+        try:
+            seen = self.pricer(types, shape)
+        except NoAnswerError as error:
+            return Refusal(reason=str(error))
+        return Price(
+            iteration_ns=max(1, seen.iteration_ns),
+            billed_tokens=seen.billed_tokens,
+            joules=seen.energy_j,
+            busy=1.0 if seen.utilisation is None else seen.utilisation,
+            peak_bytes=max(seen.peak_bytes, default=0),
+            relative_error=seen.relative_error,
+        )
+
+
+class Prices:
+    """Task types and shapes of one replay by number, and their prices. Types keep the order in which they first came.
+
+    `made` counts the distinct plans that this replay needed, whether the shelf had them or not.
+    """
+
+    def __init__(self, shelf: Shelf, solo: Shelf, cached: bool = True) -> None:
+        self.shelf, self.solo, self.cached = shelf, solo, cached
         self.kinds: list[TaskType] = []
         self.shapes: list[InstanceShape] = []
         self.asked = self.made = 0
         self.worst_error = 0.0
         self.has_energy = True
+        self._names: list[str] = []
         self._kind: dict[TaskType, int] = {}
         self._shape: dict[InstanceShape, int] = {}
         self._known: dict[tuple[int, tuple[int, ...]], Price | Refusal] = {}
@@ -55,6 +89,7 @@ class Prices:
         if found is None:
             found = self._kind[task] = len(self.kinds)
             self.kinds.append(task)
+            self._names.append(digest(task))
         return found
 
     def shape(self, shape: InstanceShape) -> int:
@@ -71,32 +106,21 @@ class Prices:
         key = (shape, kinds)
         found = self._known.get(key)
         if found is None or not self.cached:
-            found = self._known[key] = self._make(kinds, self.shapes[shape])
+            found = self._known[key] = self._look(self.shelf, kinds, shape)
+            self.made += 1
+            if isinstance(found, Price):
+                self.worst_error = max(self.worst_error, found.relative_error)
+                self.has_energy &= found.joules is not None
         return found
 
-    def _make(self, kinds: Sequence[int], shape: InstanceShape) -> Price | Refusal:
-        self.made += 1
-        try:
-            seen = self.pricer([self.kinds[k] for k in kinds], shape)
-        except NoAnswerError as error:
-            return Refusal(reason=str(error))
-        self.has_energy &= seen.energy_j is not None
-        self.worst_error = max(self.worst_error, seen.relative_error)
-        return Price(
-            iteration_ns=max(1, seen.iteration_ns),
-            billed_tokens=seen.billed_tokens,
-            joules=seen.energy_j or 0.0,
-            busy=1.0 if seen.utilisation is None else seen.utilisation,
-            peak_bytes=max(seen.peak_bytes, default=0),
-        )
+    def _look(self, shelf: Shelf, kinds: Sequence[int], shape: int) -> Price | Refusal:
+        types, names = [self.kinds[k] for k in kinds], [self._names[k] for k in kinds]
+        return shelf.ask(types, names, self.shapes[shape], self.cached)
 
     def alone_ns(self, kind: int, shape: int) -> int:
-        """Time of one step of a task alone under the reference policy.
-
-        Raises:
-            NoAnswerError: it does not fit.
-        """
+        """Time of one step of a task alone under the reference policy; 0 where it does not fit."""
         key = (kind, shape)
         if key not in self._alone:
-            self._alone[key] = max(1, self.solo([self.kinds[kind]], self.shapes[shape]).iteration_ns)
+            found = self._look(self.solo, (kind,), shape)
+            self._alone[key] = found.iteration_ns if isinstance(found, Price) else 0
         return self._alone[key]

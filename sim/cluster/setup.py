@@ -17,8 +17,9 @@ from muxtune.spec.model import ModelSpec, model_preset
 class Setup:
     """A fleet and how it is run.
 
-    `clusters` are pools of one device type each. `layout_of` gives the layout of an instance of a backbone. At most
-    `tasks_per_instance` tasks share one. The reference instance of the work rule stands in pool 0.
+    `clusters` are pools of one device type each. `layout_of` and `microbatches_of` say how an instance of a backbone runs. At
+    most `tasks_per_instance` tasks share one. The reference instance of the work rule is `reference_of`, or a usual one on
+    pool 0.
     `until_ns` ends the replay, else it ends when every job has left. A job is given up after `max_restarts` failures.
     `stop` is asked now and then whether to end early.
     """
@@ -26,7 +27,8 @@ class Setup:
     clusters: tuple[Cluster, ...]
     layout_of: Callable[[ModelSpec], Layout]
     model_of: Callable[[str], ModelSpec] = model_preset
-    microbatches: int = 4
+    microbatches_of: Callable[[ModelSpec], int] = lambda model: 4
+    reference_of: Callable[[ModelSpec], InstanceShape] | None = None
     tasks_per_instance: int = 8
     max_instances: int | None = None
     costs: FleetCosts = field(default_factory=FleetCosts)
@@ -43,6 +45,7 @@ class Served:
         self.setup = setup
         self._models: dict[str, ModelSpec] = {}
         self._layouts: dict[str, Layout] = {}
+        self._counts: dict[str, int] = {}
 
     def model(self, name: str) -> ModelSpec:
         """A backbone.
@@ -58,6 +61,7 @@ class Served:
         """The layout of its instances."""
         if name not in self._layouts:
             self._layouts[name] = self.setup.layout_of(self.model(name))
+            self._counts[name] = self.setup.microbatches_of(self.model(name))
         return self._layouts[name]
 
     def weights_bytes(self, name: str) -> int:
@@ -67,7 +71,8 @@ class Served:
 
     def shape(self, name: str, part: Cluster) -> InstanceShape:
         """The shape of an instance on a part of a cluster."""
-        return InstanceShape(model=name, slice=part, layout=self.layout(name), microbatches=self.setup.microbatches)
+        layout = self.layout(name)
+        return InstanceShape(model=name, slice=part, layout=layout, microbatches=self._counts[name])
 
     def empty_shape(self, name: str, pool: int) -> InstanceShape | None:
         """The shape of an instance on a pool of which nothing is taken; None where it does not fit."""
@@ -82,6 +87,8 @@ class Served:
         Raises:
             InputError: it does not fit there.
         """
+        if self.setup.reference_of is not None:
+            return self.setup.reference_of(self.model(name))
         found = self.empty_shape(name, 0)
         if found is None:
             cluster, layout = self.setup.clusters[0], self.layout(name)

@@ -1,0 +1,305 @@
+"""Cell: one replay as data (trace, cluster, policies, seed), so that it can be sent to a process, named, run and kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from muxtune.experiments.commands.inputs import load_cost
+from muxtune.experiments.commands.problem import Options, choose_layout
+from muxtune.experiments.commands.rows import cost_body
+from muxtune.experiments.commands.trace import Given, open_given
+from muxtune.experiments.pricing import PlanPricer, tasks_per_instance
+from muxtune.policies.base import SystemState, make_policy
+from muxtune.policies.choices import layout_choices, plan_over
+from muxtune.policies.cluster.base import make_cluster_policy
+from muxtune.sim.cluster.engine import Replay
+from muxtune.sim.cluster.figures import figures
+from muxtune.sim.cluster.pool import Pool
+from muxtune.sim.cluster.prices import Prices, Shelf
+from muxtune.sim.cluster.random_faults import FaultRates, random_faults
+from muxtune.sim.cluster.setup import Setup
+from muxtune.sim.cluster.tally import Told
+from muxtune.sim.simulate import make_evaluate
+from muxtune.sim.traces.cluster import read_cluster
+from muxtune.sim.traces.faults import read_faults
+from muxtune.spec.cluster import Cluster
+from muxtune.spec.errors import InputError
+from muxtune.spec.fleet import Fault, FleetCosts, InstanceShape, TaskType, task_type
+from muxtune.spec.jobs import Job, Trace
+from muxtune.spec.layout import Layout, LayoutChoice
+from muxtune.spec.model import ModelSpec, model_preset
+from muxtune.spec.noun import digest, noun
+from muxtune.spec.units import NS_PER_S
+
+#: Jobs at the start of a trace of which some, evenly spaced by tokens, stand for all when a layout is searched.
+SAMPLE_JOBS = 64
+#: Share of a device's memory that a backbone may take where the size of an instance is not given.
+BACKBONE_SHARE = 0.5
+#: Predictions by co-scheduling policy and all else that they depend on.
+Shelves = dict[tuple[Any, ...], Shelf]
+#: What a clock decides; left out of digests.
+CLOCKED = ("wall_s", "cpu_s", "decision_us")
+
+
+@noun
+class Cell:
+    """One replay. `clusters` are pools; `costs` and `fault_rates` hold (field, value); `faults` names a failure trace.
+
+    Without `gpus_per_instance` an instance has the smallest power of two of devices on which the backbone takes at most half
+    of the memory. `pp` None: as many stages as devices are left. With `search_layout` each co-scheduling policy gets the
+    layout and micro-batch count that are best for a sample of the trace; the reference instance stays as given.
+    """
+
+    given: Given
+    clusters: tuple[str, ...]
+    policy: str = "muxtune"
+    cluster_policy: str = "fcfs"
+    seed: int = 0
+    model: str | None = None
+    gpus_per_instance: int | None = None
+    tp: int = 1
+    pp: int | None = None
+    dp: int = 1
+    microbatches: tuple[int, ...] = (4,)
+    search_layout: bool = False
+    tasks_per_instance: int = 8
+    max_instances: int | None = None
+    until_days: float | None = None
+    costs: tuple[tuple[str, float], ...] = ()
+    fault_rates: tuple[tuple[str, float], ...] = ()
+    faults: str | None = None
+    max_restarts: int | None = None
+    cost: str = "roofline"
+    allow_extrapolation: bool = False
+    gpu_hour_price: float = 1.0
+
+    @property
+    def key(self) -> str:
+        """Names the cell's result."""
+        return digest(self)
+
+
+class Bench:
+    """A cell's parts, made once: trace, pools, prices, setup.
+
+    Raises:
+        InputError: wrong file, name or option.
+    """
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell = cell
+        self.trace = _opened(cell)
+        self.clusters = tuple(read_cluster(name) for name in cell.clusters)
+        self.rules = make_cluster_policy(cell.cluster_policy)
+        self.cap = tasks_per_instance(cell.policy, cell.tasks_per_instance)
+        self._costs = {c.device.name: load_cost(cell.cost, c, cell.allow_extrapolation) for c in self.clusters}
+        make_policy(cell.policy, self.cost_of(self.clusters[0]))
+        self._chosen: dict[str, LayoutChoice] = {}
+        self.pricer = PlanPricer(cell.policy, self.cost_of, self.trace.lengths)
+        self.solo = PlanPricer("hf-peft", self.cost_of, self.trace.lengths)
+
+    @property
+    def priced_with(self) -> tuple[Any, ...]:
+        """All that predictions depend on beside policy, types and shapes."""
+        cell = self.cell
+        return cell.cost, cell.allow_extrapolation, cell.given.source, cell.given.format_key, *sorted(self._costs)
+
+    def cost_of(self, cluster: Cluster) -> Any:
+        """The cost model of a cluster's device."""
+        return self._costs[cluster.device.name]
+
+    def slice(self, model: ModelSpec) -> Cluster:
+        """The first devices of pool 0 that make an instance.
+
+        Raises:
+            InputError: the pool has fewer.
+        """
+        first = self.clusters[0]
+        size = self.cell.gpus_per_instance or default_gpus(model, first)
+        split = Pool(first).split(size, self.cell.tp)
+        if split is None:
+            raise InputError(
+                f"--gpus-per-instance {size}: cluster {first.name} has {first.size} devices: give fewer, or a larger --cluster"
+            )
+        return Pool(first).slice(split)
+
+    def reference(self, model: ModelSpec) -> LayoutChoice:
+        """Layout and micro-batch count as the options give them."""
+        cell = self.cell
+        options = Options(tp=cell.tp, pp=cell.pp, dp=cell.dp, microbatches=cell.microbatches)
+        layout = choose_layout(model, self.slice(model), options)
+        return LayoutChoice(layout=layout, microbatches=(cell.microbatches or (4,))[0])
+
+    def choice(self, model: ModelSpec) -> LayoutChoice:
+        """Layout and micro-batch count of this cell's instances: searched, or the reference's."""
+        if model.name not in self._chosen:
+            searched = self.cell.search_layout or len(self.cell.microbatches) != 1
+            self._chosen[model.name] = self._search(model) if searched else self.reference(model)
+        return self._chosen[model.name]
+
+    def _search(self, model: ModelSpec) -> LayoutChoice:
+        part = self.slice(model)
+        workload = self.pricer.workload(self._sample(model))
+        counts = self.cell.microbatches or (4, 8, 16)
+        if self.cell.search_layout:
+            choices = layout_choices(workload, part, counts)
+        else:
+            layout = self.reference(model).layout
+            choices = replace(
+                layout_choices(workload, part, counts),
+                kept=tuple(LayoutChoice(layout=layout, microbatches=c) for c in counts if c >= layout.dp),
+            )
+        cost = self.cost_of(part)
+        first = choices.kept[0]
+        state = SystemState(
+            workload=workload,
+            cluster=part,
+            layout=first.layout,
+            microbatches=first.microbatches,
+            evaluate=make_evaluate(cost, 0, 2),
+        )
+        plan = plan_over(make_policy(self.cell.policy, cost), self.cell.policy, state, choices)
+        found = plan.instances[0]
+        return LayoutChoice(layout=found.layout, microbatches=found.microbatches)
+
+    def _sample(self, model: ModelSpec) -> list[TaskType]:
+        """As many types as share an instance, evenly spaced by tokens among the first jobs of the backbone."""
+        mine = (task_type(j) for j in self.trace if j.model == model.name)
+        types = sorted(islice(mine, SAMPLE_JOBS), key=lambda t: (t.step_tokens, t.billed_len_tokens))
+        count = min(self.cap, len(types))
+        return [types[(2 * i + 1) * len(types) // (2 * count)] for i in range(count)]
+
+    def setup(self, stop: Callable[[], bool] | None = None) -> Setup:
+        """What the engine is asked."""
+        cell = self.cell
+        return Setup(
+            clusters=self.clusters,
+            layout_of=lambda m: self.choice(m).layout,
+            microbatches_of=lambda m: self.choice(m).microbatches,
+            reference_of=self._reference_shape,
+            tasks_per_instance=self.cap,
+            max_instances=cell.max_instances,
+            costs=FleetCosts(**{name: round(value) for name, value in cell.costs}),
+            faults=self._faults(),
+            until_ns=None if cell.until_days is None else round(cell.until_days * 86_400 * NS_PER_S),
+            max_restarts=cell.max_restarts,
+            stop=stop,
+        )
+
+    def _reference_shape(self, model: ModelSpec) -> InstanceShape:
+        chosen = self.reference(model)
+        return InstanceShape(
+            model=model.name, slice=self.slice(model), layout=chosen.layout, microbatches=chosen.microbatches
+        )
+
+    def _faults(self) -> Any:
+        """Those of the failure trace, or random ones."""
+        if self.cell.faults:
+            return read_faults(Path(self.cell.faults))
+        rates = FaultRates(**dict(self.cell.fault_rates))
+        none: tuple[Fault, ...] = ()
+        return random_faults(self.clusters, rates, self.cell.seed) if self.cell.fault_rates else none
+
+    def layouts(self) -> dict[str, dict[str, Any]]:
+        """The layouts that were used, by backbone."""
+        return {n: {"layout": c.layout.name, "microbatches": c.microbatches} for n, c in self._chosen.items()}
+
+
+def default_gpus(model: ModelSpec, cluster: Cluster) -> int:
+    """The smallest power of two of devices on which the backbone takes at most half of the memory, at most the cluster."""
+    needed, size = model.parameters * model.element_bytes, 1
+    while size * 2 <= cluster.size and needed > BACKBONE_SHARE * size * cluster.device.memory_bytes:
+        size *= 2
+    return size
+
+
+def _opened(cell: Cell) -> Trace:
+    """The trace under the cell's seed, every job on the cell's backbone where one is named."""
+    trace, _ = open_given(replace(cell.given, seed=cell.given.seed + cell.seed))
+    if cell.model is None:
+        return trace
+    model = model_preset(cell.model)
+
+    def moved(job: Job) -> Job:
+        length = min(job.billed_len_tokens, model.max_positions)
+        return job if job.model == model.name else replace(job, model=model.name, billed_len_tokens=length)
+
+    mapping = f"{trace.about.mapping}; every job runs on {model.name}".lstrip("; ")
+    about = replace(trace.about, mapping=mapping)
+    return Trace(about=about, open_jobs=lambda: map(moved, trace.open_jobs()), lengths=trace.lengths)
+
+
+def run_cell(
+    cell: Cell,
+    stop: Callable[[], bool] | None = None,
+    report: Callable[[dict[str, Any]], None] | None = None,
+    told: Told | None = None,
+    shelves: Shelves | None = None,
+) -> dict[str, Any]:
+    """Replay one cell; `report` gets the body of what is known so far now and then, `told` one dict a job that has left.
+
+    `shelves` keep predictions for other cells; results do not depend on them.
+
+    Raises:
+        InputError: wrong file, name or option, or a bad row of the trace.
+    """
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    bench = Bench(cell)
+    kept = {} if shelves is None else shelves
+    shelf, solo = (kept.setdefault((p.policy, *bench.priced_with), Shelf(p)) for p in (bench.pricer, bench.solo))
+    prices = Prices(shelf, solo)
+    replay = Replay(bench.trace, bench.rules, bench.setup(stop), prices, told)
+
+    def body() -> dict[str, Any]:
+        return _body(bench, replay, time.perf_counter() - wall_s, time.process_time() - cpu_s)
+
+    replay.run(None if report is None else lambda _: report(body() | {"complete": False}))
+    return body()
+
+
+def _body(bench: Bench, replay: Replay, wall_s: float, cpu_s: float) -> dict[str, Any]:
+    cell, about = bench.cell, bench.trace.about
+    found = {
+        "trace": about.name,
+        "trace_source": about.source,
+        "cluster": " + ".join(c.name for c in bench.clusters),
+        "policy": cell.policy,
+        "cluster_policy": cell.cluster_policy,
+        "seed": cell.seed,
+        **figures(replay, cell.gpu_hour_price),
+        "cost_model": cost_body(bench.cost_of(bench.clusters[0])),
+        "instances": bench.layouts(),
+        "tasks_per_instance": bench.cap,
+        "statements": [*about.statements(), *_assumed(bench)],
+        "cell": cell.key,
+    }
+    clocked = {"wall_s": wall_s, "cpu_s": cpu_s, "decision_us": _decisions(replay)}
+    return {**found, **clocked, "digest": digest(found)}
+
+
+def _assumed(bench: Bench) -> list[str]:
+    """What a reader has to know of the fleet."""
+    costs = bench.setup().costs
+    reference = {n: bench.reference(model_preset(n)) for n in bench.layouts()}
+    places = "; ".join(f"{n}: {bench.slice(model_preset(n)).name}, {c.name}" for n, c in reference.items())
+    return [
+        f"reference instance: {places or 'none asked'}",
+        f"changes of an instance take {costs.replan_ns / 1e9:g} s + {costs.join_ns / 1e9:g} s a task that comes + "
+        f"{costs.leave_ns / 1e9:g} s a task that goes; a start {costs.start_ns / 1e9:g} s + weights at "
+        f"{costs.load_bytes_per_s / 1e9:g} GB/s a device; a checkpoint every {costs.checkpoint_ns / 1e9:g} s is read in "
+        f"{costs.migrate_ns / 1e9:g} s (assumed unless given by --costs)",
+    ]
+
+
+def _decisions(replay: Replay) -> dict[str, float | None]:
+    """Microseconds that decisions took on this machine: arrival and dispatch, plans that were not known included."""
+    times = sorted(replay.decision_s)
+    if not times:
+        return dict.fromkeys(("mean", "p50", "p99", "max"))
+    at = {"p50": times[len(times) // 2], "p99": times[len(times) * 99 // 100], "max": times[-1]}
+    return {"mean": 1e6 * sum(times) / len(times), **{name: 1e6 * value for name, value in at.items()}}
