@@ -237,11 +237,11 @@ def _opened(cell: Cell) -> Trace:
 def run_cell(
     cell: Cell,
     stop: Callable[[], bool] | None = None,
-    report: Callable[[dict[str, Any]], None] | None = None,
+    report: Callable[[Callable[[], dict[str, Any]]], None] | None = None,
     told: Told | None = None,
     shelves: Shelves | None = None,
 ) -> dict[str, Any]:
-    """Replay one cell; `report` gets the body of what is known so far now and then, `told` one dict a job that has left.
+    """Replay one cell; `report` may ask for what is known so far now and then, `told` one dict a job that has left.
 
     `shelves` keep predictions for other cells; results do not depend on them.
 
@@ -258,7 +258,7 @@ def run_cell(
     def body() -> dict[str, Any]:
         return _body(bench, replay, time.perf_counter() - wall_s, time.process_time() - cpu_s)
 
-    replay.run(None if report is None else lambda _: report(body() | {"complete": False}))
+    replay.run(None if report is None else lambda _: report(lambda: body() | {"complete": False}))
     return body()
 
 

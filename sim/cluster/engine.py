@@ -23,8 +23,8 @@ from muxtune.spec.errors import InputError
 from muxtune.spec.fleet import FleetRules, FleetView, task_type
 from muxtune.spec.jobs import Job, Trace, job_steps
 
-#: Events between two looks at whether the user wants to stop.
-PATIENCE = 256
+#: Events between two looks at whether the user wants to stop; one event may take a plan.
+PATIENCE = 16
 
 
 class Replay:
@@ -60,8 +60,9 @@ class Replay:
         self._rounds = self._in_round = False
         self._last_arrival_ns = 0
 
-    def run(self, report: Callable[[Replay], None] | None = None, every_events: int = 100_000) -> None:
-        """Replay to the end, or until `setup.stop` says so (`complete` is then false); `report` is called now and then.
+    def run(self, report: Callable[[Replay], None] | None = None) -> None:
+        """Replay to the end, or until `setup.stop` says so (`complete` is then false); `report` is called
+        every few events.
 
         Raises:
             InputError: a job names an unknown backbone, or arrives before the one ahead of it.
@@ -77,7 +78,7 @@ class Replay:
                 if stop is not None and stop():
                     self.complete = False
                     break
-                if report is not None and env.processed % every_events < PATIENCE:
+                if report is not None:
                     report(self)
             if self._ended or (not self._more and not self.present):
                 break
