@@ -12,6 +12,7 @@ import typer
 
 from muxtune.experiments import options as opt
 from muxtune.experiments.answer import Answer, example
+from muxtune.experiments.cli_replay import add_to
 from muxtune.experiments.cli_trace import trace_app
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 
 
 app.add_typer(trace_app, name="trace")
+add_to(app)
 
 
 @app.callback(invoke_without_command=True)
@@ -375,7 +377,7 @@ def list_(
         str | None,
         typer.Argument(
             metavar="[KIND]",
-            help="policies, objectives, models, devices, datasets, traces, cost-models, peft, profiles.",
+            help="policies, cluster-policies, objectives, models, devices, datasets, traces, cost-models, peft, profiles.",
         ),
     ] = None,
     as_json: opt.AsJson = False,

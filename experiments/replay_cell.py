@@ -31,7 +31,7 @@ from muxtune.spec.cluster import Cluster
 from muxtune.spec.errors import InputError
 from muxtune.spec.fleet import Fault, FleetCosts, InstanceShape, TaskType, task_type
 from muxtune.spec.jobs import Job, Trace
-from muxtune.spec.layout import Layout, LayoutChoice
+from muxtune.spec.layout import LayoutChoice
 from muxtune.spec.model import ModelSpec, model_preset
 from muxtune.spec.noun import digest, noun
 from muxtune.spec.units import NS_PER_S
@@ -277,6 +277,7 @@ def _body(bench: Bench, replay: Replay, wall_s: float, cpu_s: float) -> dict[str
         "tasks_per_instance": bench.cap,
         "statements": [*about.statements(), *_assumed(bench)],
         "cell": cell.key,
+        "cell_group": replace(cell, seed=0).key,
     }
     clocked = {"wall_s": wall_s, "cpu_s": cpu_s, "decision_us": _decisions(replay)}
     return {**found, **clocked, "digest": digest(found)}

@@ -76,7 +76,9 @@ def most_nodes(cell: Cell) -> int:
     return int(match[1])
 
 
-def smallest(cell: Cell, goal: Goal, run: Callable[[Cell], dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def smallest(
+    cell: Cell, goal: Goal, run: Callable[[Cell], dict[str, Any]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(the body on the smallest cluster that reaches the goal, what was tried).
 
     Raises:
@@ -102,7 +104,13 @@ def smallest(cell: Cell, goal: Goal, run: Callable[[Cell], dict[str, Any]]) -> t
         middle = (low + high) // 2
         low, high = (low, middle) if met(middle) else (middle, high)
     rows = [
-        {"cluster": sized(cell.clusters[0], n), "nodes": n, "gpus": b["gpus"], "value": goal.value(b), "met": goal.met(b)}
+        {
+            "cluster": sized(cell.clusters[0], n),
+            "nodes": n,
+            "gpus": b["gpus"],
+            "value": goal.value(b),
+            "met": goal.met(b),
+        }
         for n, b in sorted(tried.items())
     ]
     return tried[high], rows

@@ -11,6 +11,7 @@ from muxtune.experiments.commands.costs import META, recorded
 from muxtune.experiments.commands.inputs import COSTS
 from muxtune.experiments.console import render, table
 from muxtune.policies.base import policies
+from muxtune.policies.cluster.base import cluster_policies
 from muxtune.policies.objectives.base import objectives
 from muxtune.profiler.store import Meta
 from muxtune.sim.cost.base import cost_models
@@ -68,6 +69,11 @@ def _options(config: type[Any]) -> str:
 
 def _policies() -> Iterator[Row]:
     for name, found in policies().items():
+        yield {"name": name, "options": _options(found.Config), "about": _about(found)}
+
+
+def _cluster_policies() -> Iterator[Row]:
+    for name, found in cluster_policies().items():
         yield {"name": name, "options": _options(found.Config), "about": _about(found)}
 
 
@@ -153,6 +159,7 @@ def _profiles() -> Iterator[Row]:
 
 KINDS: dict[str, Callable[[], Iterator[Row]]] = {
     "policies": _policies,
+    "cluster-policies": _cluster_policies,
     "objectives": _objectives,
     "models": _models,
     "devices": _devices,
