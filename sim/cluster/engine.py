@@ -19,7 +19,7 @@ from muxtune.sim.cluster.prices import Price, Prices
 from muxtune.sim.cluster.setup import Setup
 from muxtune.sim.cluster.tally import Tally, Told
 from muxtune.sim.des import Environment
-from muxtune.spec.errors import InputError
+from muxtune.spec.errors import InputError, PlanError
 from muxtune.spec.fleet import FleetRules, FleetView, task_type
 from muxtune.spec.jobs import Job, Trace, job_steps
 
@@ -65,6 +65,7 @@ class Replay:
         every few events.
 
         Raises:
+            PlanError: the policy places a job where there is no room.
             InputError: a job names an unknown backbone, or arrives before the one ahead of it.
         """
         env, stop = self.env, self.setup.stop
@@ -83,6 +84,13 @@ class Replay:
             if self._ended or (not self._more and not self.present):
                 break
         self._close()
+
+    def stuck(self) -> bool:
+        """Whether only jobs are left that the policy places nowhere, with every device up: random faults would go on for ever."""
+        fleet = self.fleet
+        loading = any(i.state == "starting" for live in fleet.live.values() for i in live)
+        waits = self.env.now > 0 and all(m.instance is None for m in self.present.values())
+        return not self._more and waits and not loading and not any(p.down for p in fleet.pools)
 
     def _until(self, _: Any) -> None:
         self._ended = True
@@ -180,6 +188,7 @@ class Replay:
             assert head is not None
             place = rules.place(head, self._view)
             if place is not None:
+                self._require_room(place, head)
                 self._assign(line, head, place)
             elif not self._make_room(line, head):
                 break
@@ -187,6 +196,13 @@ class Replay:
         if line and rules.round_ns and not self._rounds:
             self._rounds = True
             self.env.call_at(self.env.now + rules.round_ns, self._round, late=True)
+
+    def _require_room(self, place: Any, head: Member) -> None:
+        if not self.fleet.has_room(place, head):
+            raise PlanError(
+                f"cluster policy {type(self.rules).__name__}: placed job {head.job_id} on instance {place.number}, which has no "
+                "room for it: ask fleet.has_room"
+            )
 
     def _rank(self, group: str, head: Member) -> Any:
         return self.rules.group_key(group, head, self._view)

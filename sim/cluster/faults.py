@@ -30,8 +30,8 @@ class Faults:
         self._last_ns = 0
 
     def start(self) -> None:
-        """Wait for the first fault."""
-        fault = next(self._coming, None)
+        """Wait for the next fault, unless nothing is left that could run."""
+        fault = None if self.replay.stuck() else next(self._coming, None)
         if fault is None:
             return
         if fault.at_ns < self._last_ns:
