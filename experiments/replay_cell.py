@@ -113,6 +113,18 @@ class Bench:
         """The cost model of a cluster's device."""
         return self._costs[cluster.device.name]
 
+    def require(self) -> None:
+        """Look at the first job, and whether an instance for it fits.
+
+        Raises:
+            InputError: the trace has no job, or cannot be read; the instance does not fit.
+        """
+        first = next(iter(self.trace), None)
+        if first is None:
+            raise InputError(f"trace {self.cell.given.source}: has no job")
+        self.reference(model_preset(first.model))
+        self.setup()
+
     def slice(self, model: ModelSpec) -> Cluster:
         """The first devices of pool 0 that make an instance.
 

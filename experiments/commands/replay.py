@@ -73,7 +73,7 @@ def run_all(
     if resume and out is None:
         raise InputError("--resume without --out: name the folder of the run to go on with")
     for cell in {replace(c, seed=0): c for c in cells}.values():
-        Bench(cell)
+        Bench(cell).require()
     folder = output_folder(out) if out else None
 
     def done(bodies: Sequence[dict[str, Any]]) -> None:
