@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -36,7 +37,8 @@ def on_ray(
     from muxtune.experiments.spread import in_worker
 
     address = os.environ.get("RAY_ADDRESS")
-    ray.init(**({"address": address} if address else {"num_cpus": jobs}), log_to_driver=False)
+    place = {"address": address} if address else {"num_cpus": jobs}
+    ray.init(**place, log_to_driver=False, logging_level=logging.ERROR)
     try:
         remote = ray.remote(num_cpus=1, max_retries=0)(in_worker)
         waiting = list(left)

@@ -25,7 +25,7 @@ from muxtune.spec.lengths import embedded_length
 from muxtune.spec.model import model_preset
 from muxtune.spec.peft.lora import LoRA
 from muxtune.spec.task import Task, Workload
-from tests import bench_online, bench_planners, bench_search, bench_traces, bench_training
+from tests import bench_cluster, bench_online, bench_planners, bench_search, bench_traces, bench_training
 from tests.bench_sim import simulating
 
 ROUNDS = 7
@@ -133,6 +133,8 @@ def main() -> None:
     for line in bench_online.lines():
         say(line)
     for line in bench_search.lines():
+        say(line)
+    for line in bench_cluster.lines():
         say(line)
     for line in bench_traces.lines():
         say(line)

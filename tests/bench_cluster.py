@@ -16,7 +16,11 @@ from muxtune.experiments.replay_cell import Cell, run_cell
 from muxtune.sim.cluster.engine import Replay
 from tests.fleets import S, by_count, job, replayed, trace_of
 
-PHILLY = Path(__file__).parents[2] / "shared" / "data" / "traces" / "philly_2017.parquet"
+#: Beside the checkout, or beside the folder that holds it.
+PHILLY = next(
+    (p for root in Path(__file__).parents[2:4] if (p := root / "shared/data/traces/philly_2017.parquet").is_file()),
+    Path("shared/data/traces/philly_2017.parquet"),
+)
 WEEK = Given(source="paper")
 HOUR_NS = 3600 * S
 

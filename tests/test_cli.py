@@ -19,7 +19,7 @@ from muxtune.spec.plan import Plan
 
 COMMANDS = (
     *("demo", "profile", "plan", "check", "check-policy", "simulate", "compare", "execute", "validate"),
-    *("report", "list"),
+    *("report", "list", "replay", "sweep"),
 )
 HEAVY = frozenset({"torch", "numpy", "pandas", "pydantic", "yaml", "scipy", "matplotlib", "simpy", "pulp"})
 
