@@ -37,8 +37,8 @@ def on_ray(
     from muxtune.experiments.spread import in_worker
 
     address = os.environ.get("RAY_ADDRESS")
-    place = {"address": address} if address else {"num_cpus": jobs}
-    ray.init(**place, log_to_driver=False, logging_level=logging.ERROR)
+    where: dict[str, Any] = {"address": address} if address else {"num_cpus": jobs}
+    ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
     try:
         remote = ray.remote(num_cpus=1, max_retries=0)(in_worker)
         waiting = list(left)
