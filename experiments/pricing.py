@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from muxtune.policies.base import Policy, SystemState, make_policy
+from muxtune.policies.base import Evaluate, Policy, SystemState, make_policy, policies
 from muxtune.sim.cost._frequency import AtFrequency
 from muxtune.sim.cost.base import CostModel
-from muxtune.sim.simulate import make_evaluate
+from muxtune.sim.recurrence import recur_blocks
+from muxtune.sim.simulate import estimate, make_evaluate
+from muxtune.sim.stage import StageCache
 from muxtune.spec.cluster import Cluster
 from muxtune.spec.errors import InfeasibleError
 from muxtune.spec.estimate import Estimate
@@ -16,7 +18,6 @@ from muxtune.spec.frequency import frequency_step
 from muxtune.spec.lengths import LengthDistribution
 from muxtune.spec.model import ModelSpec, model_preset
 from muxtune.spec.noun import canonical_bytes
-from muxtune.spec.plan import Plan
 from muxtune.spec.registry import split_reference
 from muxtune.spec.task import Task, Workload
 
@@ -44,7 +45,7 @@ class PlanPricer:
     ) -> None:
         self.policy, self.cost_of, self.lengths, self.model_of = policy, cost_of, lengths, model_of
         self.seed, self.draws = seed, draws
-        self._tools: dict[tuple[str, int], tuple[Policy, Callable[[Plan], Estimate]]] = {}
+        self._tools: dict[tuple[str, int], tuple[Policy, Evaluate, Evaluate]] = {}
 
     def __call__(self, types: Sequence[TaskType], shape: InstanceShape) -> Estimate:
         """One iteration of these tasks: the plan of the policy on the shape.
@@ -52,7 +53,7 @@ class PlanPricer:
         Raises:
             InfeasibleError: they do not fit together.
         """
-        policy, evaluate = self._for(shape)
+        policy, evaluate, predict = self._for(shape)
         state = SystemState(
             workload=self.workload(types),
             cluster=shape.slice,
@@ -61,7 +62,7 @@ class PlanPricer:
             seed=self.seed,
             evaluate=evaluate,
         )
-        return evaluate(policy.plan(state))
+        return predict(policy.plan(state))
 
     def workload(self, types: Sequence[TaskType]) -> Workload:
         """The tasks as a workload of their backbone.
@@ -87,12 +88,20 @@ class PlanPricer:
         except ValueError as error:
             raise InfeasibleError(str(error)) from error
 
-    def _for(self, shape: InstanceShape) -> tuple[Policy, Callable[[Plan], Estimate]]:
+    def _for(self, shape: InstanceShape) -> tuple[Policy, Evaluate, Evaluate]:
         """The policy and the simulator of a device and clock; stage runs are shared by all plans there."""
         key = (shape.slice.device.name, shape.frequency_mhz)
         if key not in self._tools:
             cost = self.cost_of(shape.slice)
             if shape.frequency_mhz:
                 cost = AtFrequency(cost, frequency_step(shape.slice.device, shape.frequency_mhz))
-            self._tools[key] = make_policy(self.policy, cost), make_evaluate(cost, self.seed, self.draws)
+            evaluate = make_evaluate(cost, self.seed, self.draws)
+            self._tools[key] = make_policy(self.policy, cost), evaluate, self._predict(cost, evaluate)
         return self._tools[key]
+
+    def _predict(self, cost: CostModel, evaluate: Evaluate) -> Evaluate:
+        """What predicts a plan of this policy: one from outside is checked again, the house's have been (a law says so)."""
+        if split_reference(self.policy)[0] not in policies():
+            return evaluate
+        cache = StageCache(cost, recur_blocks)
+        return lambda plan: estimate(plan, cost, self.seed, self.draws, cache=cache)
