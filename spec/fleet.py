@@ -226,5 +226,8 @@ class FleetRules(Protocol):
     def victim(self, job: JobView, fleet: FleetView) -> JobView | None:
         """A running job of the same backbone that makes room for this one; None: nobody does."""
 
+    def grows(self, instance: InstanceView, fleet: FleetView) -> bool:
+        """Whether an instance takes twice its devices now, if they are free; one that has grown and no longer grows shrinks."""
+
     def clock_mhz(self, instance: InstanceView, fleet: FleetView) -> int:
         """Core clock of an instance; 0: the device's reference clock."""

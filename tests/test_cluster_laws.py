@@ -20,7 +20,7 @@ from tests.fleets import S, by_count, job, poisson, replayed, trace_of
 
 POLICIES = (
     *("fcfs", "srtf", "priority", "multiplexing-aware", "slo-aware", "budget:gpu_hours=0.01", "energy-aware:idle_s=5"),
-    *("las:first_s=10,round_s=20", "max-min-fairness:round_s=15"),
+    *("fcfs:grow=true", "las:first_s=10,round_s=20", "max-min-fairness:round_s=15"),
 )
 
 

@@ -22,7 +22,7 @@ from muxtune.sim.traces.faults import read_faults
 from muxtune.spec.errors import InputError, NoAnswerError
 from muxtune.spec.fleet import FREE, Fault
 from muxtune.spec.jobs import TraceHeader
-from tests.fleets import S, by_count, job, replayed, trace_of
+from tests.fleets import S, by_count, estimate_of, job, replayed, trace_of
 
 KEYS = {
     *(
@@ -265,3 +265,20 @@ def test_options_are_read_as_they_are_written() -> None:
     assert parse_faults("gpu_mtbf_h=100") == ((("gpu_mtbf_h", 100.0),), None)
     assert parse_faults("faults.csv") == ((), "faults.csv")
     assert TraceHeader(name="x", source="y").statements()[0] == "no column is invented"
+
+
+def test_an_instance_grows_while_nobody_waits_and_gives_back() -> None:
+    """Twice the devices, half the time: 20 steps in 10 s. A second job takes the devices back, for good: its neighbour's end is no
+    change of its own instance, so that it is not asked to grow."""
+
+    def price(types: Any, shape: Any) -> Any:
+        return estimate_of(S // shape.layout.dp, sum(t.step_tokens for t in types))
+
+    alone = replayed(trace_of([job(0, 0, 20)]), "fcfs:grow=true", price, cluster="2xA40")
+    assert list(alone.tally.jct_ns) == [pytest.approx(10 * S, rel=1e-6)]
+    assert alone.resizes == 1
+    both = replayed(trace_of([job(0, 0, 20), job(1, 5 * S, 20)]), "fcfs:grow=true", price, cluster="2xA40")
+    assert [round(t / S, 3) for t in both.tally.jct_ns] == [15.0, 20.0], (
+        "ten steps by 5 s, ten more by 15 s; twenty by 25 s"
+    )
+    assert both.resizes == 2

@@ -64,6 +64,10 @@ class ClusterPolicy:
         """A running job of the same backbone that makes room for this one; asked only where `preempts`."""
         return None
 
+    def grows(self, instance: InstanceView, fleet: FleetView) -> bool:
+        """Whether an instance takes twice its devices now, if they are free; one that has grown and no longer grows shrinks."""
+        return False
+
     def clock_mhz(self, instance: InstanceView, fleet: FleetView) -> int:
         """Core clock of an instance; 0: the device's reference clock."""
         return 0

@@ -22,6 +22,7 @@ from muxtune.sim.des import Environment
 from muxtune.spec.errors import InputError, PlanError
 from muxtune.spec.fleet import FleetRules, FleetView, task_type
 from muxtune.spec.jobs import Job, Trace, job_steps
+from muxtune.spec.units import NS_PER_S
 
 #: Events between two looks at whether the user wants to stop; one event may take a plan.
 PATIENCE = 16
@@ -48,7 +49,7 @@ class Replay:
         self.tally = Tally(told)
         self.env = Environment()
         self.lines: dict[str, Line] = {}
-        self.replans = self.preemptions = self.starts = 0
+        self.replans = self.preemptions = self.starts = self.resizes = 0
         self.complete = True
         self.decision_s = array("d")
         self.timed = timed
@@ -211,6 +212,8 @@ class Replay:
         """Stop an idle instance of another backbone, or a running job; whether anything was done."""
         if self._reclaim(head):
             return True
+        for instance in self.fleet.grown():
+            self.change(instance)
         if not self.rules.preempts or (self.rules.round_ns and not self._in_round):
             return False
         victim = self.rules.victim(head, self._view)
@@ -362,6 +365,7 @@ class Replay:
         clock_mhz = self.rules.clock_mhz(instance, self._view)
         if clock_mhz != instance.clock_mhz:
             self.fleet.set_clock(instance, clock_mhz)
+        resized = self._resize(instance)
         price = self.fleet.price(instance)
         if not isinstance(price, Price):
             self._send_back(instance, came)
@@ -372,6 +376,10 @@ class Replay:
             self.replans += 1
             moved = any(m.restarts or m.moves for m in came)
             pause_ns = costs.replan_ns + costs.join_ns * len(came) + costs.leave_ns * gone + costs.migrate_ns * moved
+        if resized:
+            self.resizes += 1
+            load = self.fleet.served.weights_bytes(instance.model) * NS_PER_S
+            pause_ns += costs.start_ns + load // (costs.load_bytes_per_s * instance.gpus)
         instance.begin_ns = now_ns + pause_ns
         instance.iteration_ns, instance.rate = iteration_ns, price.billed_tokens
         instance.joules, instance.busy = price.joules or 0.0, price.busy
@@ -381,6 +389,14 @@ class Replay:
         done_at = instance.next_finish()
         assert done_at is not None
         self._schedule(instance, instance.begin_ns + (done_at - instance.count) * iteration_ns)
+        if resized:
+            self.dispatch_all()
+
+    def _resize(self, instance: Instance) -> bool:
+        """Scale an instance up as the policy asks, or down again."""
+        if self.rules.grows(instance, self._view):
+            return self.fleet.grow(instance)
+        return instance.doublings > 0 and self.fleet.shrink(instance)
 
     def _send_back(self, instance: Instance, came: list[Member]) -> None:
         self.fleet.careful.add(instance.shape)
@@ -392,6 +408,10 @@ class Replay:
 
     def _idle(self, instance: Instance) -> None:
         now_ns = self.env.now
+        if instance.doublings:
+            self.fleet.stop(instance)
+            self.dispatch_all()
+            return
         instance.begin_ns = instance.idle_ns = now_ns
         instance.iteration_ns = 0
         wait_ns = self.rules.idle_stop_ns

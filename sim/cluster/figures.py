@@ -70,6 +70,7 @@ def _changes(replay: Replay) -> dict[str, Any]:
         "preemptions": replay.preemptions,
         "moves": tally.moves,
         "instance_starts": replay.starts,
+        "instance_resizes": replay.resizes,
         "failures": faults.failures,
         "stragglers": faults.stragglers,
         "instances_lost": faults.killed,

@@ -211,6 +211,56 @@ class Fleet:
         instance.clock_mhz = clock_mhz
         instance.shape = self.prices.shape(replace(self.prices.shapes[instance.shape], frequency_mhz=clock_mhz))
 
+    def grown(self) -> list[Instance]:
+        """Instances that have grown and hold devices which a waiting job could use."""
+        return [i for live in self.live.values() for i in live if i.doublings]
+
+    def grow(self, instance: Instance) -> bool:
+        """Double an instance's data parallelism, if devices are free, it fits and an iteration gets shorter; whether it did."""
+        pool, old = self.pools[instance.pool], self.prices.shapes[instance.shape]
+        split = pool.split(old.layout.ranks, old.layout.tp)
+        if split is None or 2 * old.layout.dp > old.microbatches:
+            return False
+        counts = Counter(dict(pool.split_of(instance.devices)))
+        counts.update(dict(split))
+        shape = self._resized(instance, sorted(counts.items()), 2 * old.layout.dp)
+        now, then = self.price(instance), self._price_on(instance, shape)
+        if not isinstance(then, Price) or not isinstance(now, Price) or then.iteration_ns >= now.iteration_ns:
+            return False
+        more = pool.take(split)
+        instance.devices += more
+        instance.slow.update({d: self.slow[d] for d in more if d in self.slow})
+        self.holder.update(dict.fromkeys(more, instance))
+        instance.shape = shape
+        instance.doublings += 1
+        self.count_devices()
+        return True
+
+    def shrink(self, instance: Instance) -> bool:
+        """Halve an instance that has grown, if its tasks fit then; whether it did."""
+        pool, dp = self.pools[instance.pool], self.prices.shapes[instance.shape].layout.dp
+        kept = instance.devices[: len(instance.devices) // 2]
+        shape = self._resized(instance, pool.split_of(kept), dp // 2)
+        if not isinstance(self._price_on(instance, shape), Price):
+            return False
+        gone = instance.devices[len(kept) :]
+        for device in gone:
+            del self.holder[device]
+            instance.slow.pop(device, None)
+        pool.give_back(gone)
+        instance.devices, instance.shape = kept, shape
+        instance.doublings -= 1
+        self.count_devices()
+        return True
+
+    def _resized(self, instance: Instance, split: Sequence[tuple[int, int]], dp: int) -> int:
+        old = self.prices.shapes[instance.shape]
+        part = self.pools[instance.pool].slice(split)
+        return self.prices.shape(replace(old, slice=part, layout=replace(old.layout, dp=dp)))
+
+    def _price_on(self, instance: Instance, shape: int) -> Price | Refusal:
+        return self.prices.ask(tuple(sorted([m.kind for m in instance.members.values()])), shape)
+
     def stop(self, instance: Instance) -> None:
         """Take an instance out and free its devices."""
         instance.state = "stopped"

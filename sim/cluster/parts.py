@@ -60,7 +60,7 @@ class Instance:
     __slots__ = (
         *("number", "model", "pool", "devices", "shape", "members", "joins", "count", "begin_ns", "iteration_ns"),
         *("share_ns", "version", "state", "slow", "seen_ns", "finish", "idle_ns", "rate", "joules", "busy", "away"),
-        *("due_ns", "doing", "clock_mhz", "idle_w"),
+        *("due_ns", "doing", "clock_mhz", "idle_w", "doublings"),
     )
 
     def __init__(self, number: int, model: str, pool: int, devices: tuple[int, ...], shape: int) -> None:
@@ -84,7 +84,7 @@ class Instance:
         self.rate = 0
         self.joules = self.busy = 0.0
         self.away = 0
-        self.clock_mhz = 0
+        self.clock_mhz = self.doublings = 0
         self.idle_w = 0.0
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -51,6 +52,11 @@ class Pool:
             if size == 0:
                 return sorted(taken)
         return None
+
+    def split_of(self, devices: Iterable[int]) -> list[tuple[int, int]]:
+        """[(node, devices there)] of some devices of this pool."""
+        counts = Counter(self._node[d] for d in devices)
+        return sorted(counts.items())
 
     def take(self, split: Iterable[tuple[int, int]]) -> tuple[int, ...]:
         """Take the devices that `split` named."""
