@@ -268,7 +268,7 @@ def test_options_are_read_as_they_are_written() -> None:
 
 
 def test_an_instance_grows_while_nobody_waits_and_gives_back() -> None:
-    """Twice the devices, half the time: 20 steps in 10 s. A second job takes the devices back, for good: its neighbour's end is no
+    """Twice the devices, half the time: 20 steps in 10 s. A second job takes devices back, for good: its neighbour's end is no
     change of its own instance, so that it is not asked to grow."""
 
     def price(types: Any, shape: Any) -> Any:
