@@ -106,6 +106,9 @@ def replay(
     engine: EngineName = Spread.pool,
     jobs: Annotated[int, typer.Option("--jobs", metavar="N", min=1, help="Replays side by side.")] = 1,
     resume: Resume = False,
+    job_rows: Annotated[
+        bool, typer.Option("--job-rows", help="Write a line a job to --out, as the jobs leave.")
+    ] = False,
     seed: opt.Seed = 0,
     out: opt.OutFolder = None,
     as_json: opt.AsJson = False,
@@ -154,6 +157,7 @@ def replay(
             engine=engine.value,
             jobs=jobs,
             resume=resume,
+            job_rows=job_rows,
             out=out,
             progress=progress,
         )

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from muxtune.experiments.replay_cell import Cell
@@ -26,7 +27,7 @@ def require_ray() -> Any:
 
 
 def on_ray(
-    left: Sequence[tuple[int, Cell]], jobs: int, stop: Callable[[], bool]
+    left: Sequence[tuple[int, Cell, Path | None]], jobs: int, stop: Callable[[], bool]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The results as they come, at most `jobs` cells at a time.
 
@@ -45,8 +46,8 @@ def on_ray(
         running: dict[Any, int] = {}
         while waiting or running:
             while waiting and len(running) < jobs and not stop():
-                place, cell = waiting.pop(0)
-                running[remote.remote(cell)] = place
+                place, cell, rows = waiting.pop(0)
+                running[remote.remote(cell, rows)] = place
             if stop():
                 return
             ready, _ = ray.wait(list(running), timeout=1.0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -15,10 +17,13 @@ from typing import Any, Literal
 from muxtune.experiments.commands.inputs import Progress, output_folder, silent
 from muxtune.experiments.console import json_text
 from muxtune.experiments.replay_cell import Cell, Shelves, run_cell
+from muxtune.sim.cluster.tally import ROW_COLUMNS, Told
 from muxtune.spec.errors import InputError
 from muxtune.spec.files import write_text
 
 Engine = Literal["pool", "ray"]
+#: A cell, its place in the list, and where its job rows go.
+Work = tuple[int, Cell, Path | None]
 #: Seconds between two partial results of a replay that runs.
 PARTIAL_SECONDS = 10.0
 
@@ -53,9 +58,14 @@ class Interrupt:
 class Keeper:
     """Results of cells in DIR/cells, one file each; without a folder nothing is kept."""
 
-    def __init__(self, folder: Path | None, resume: bool) -> None:
+    def __init__(self, folder: Path | None, resume: bool, job_rows: bool = False) -> None:
         self.folder = None if folder is None else output_folder(folder / "cells")
         self.resume = resume
+        self.job_rows = job_rows
+
+    def rows(self, cell: Cell) -> Path | None:
+        """Where one line a job goes as the jobs leave; None where that is not wanted."""
+        return self.folder / f"{cell.key}.jobs.csv" if self.folder is not None and self.job_rows else None
 
     def found(self, cell: Cell) -> dict[str, Any] | None:
         """A result that an earlier run finished.
@@ -122,7 +132,8 @@ def run_cells(
         done([results[p] for p in sorted(results)])
 
     with Interrupt() as stop:
-        runs = _here(left, stop, got) if jobs == 1 and engine == "pool" else _apart(left, engine, jobs, stop)
+        work = [(place, cell, keeper.rows(cell)) for place, cell in left]
+        runs = _here(work, stop, got) if jobs == 1 and engine == "pool" else _apart(work, engine, jobs, stop)
         progress("replay", len(results), len(cells))
         for place, body in runs:
             got(place, body)
@@ -133,11 +144,11 @@ def run_cells(
 
 
 def _here(
-    left: Sequence[tuple[int, Cell]], stop: Interrupt, got: Callable[[int, dict[str, Any]], None]
+    left: Sequence[Work], stop: Interrupt, got: Callable[[int, dict[str, Any]], None]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """One after the other in this process, which shares predictions; partial results on the way."""
     shelves: Shelves = {}
-    for place, cell in left:
+    for place, cell, rows in left:
         said_s = time.monotonic()
 
         def report(body: Callable[[], dict[str, Any]], place: int = place) -> None:
@@ -146,12 +157,12 @@ def _here(
                 got(place, body())
                 said_s = time.monotonic()
 
-        yield place, run_cell(cell, stop, report, shelves=shelves)
+        with _job_rows(rows) as told:
+            body = run_cell(cell, stop, report, told, shelves)
+        yield place, body
 
 
-def _apart(
-    left: Sequence[tuple[int, Cell]], engine: Engine, jobs: int, stop: Interrupt
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def _apart(left: Sequence[Work], engine: Engine, jobs: int, stop: Interrupt) -> Iterator[tuple[int, dict[str, Any]]]:
     if engine == "ray":
         from muxtune.experiments.on_ray import on_ray
 
@@ -159,7 +170,7 @@ def _apart(
         return
     # Spawned, not forked: a bar's thread may hold a lock while this process is copied.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(in_worker, cell): place for place, cell in left}
+        futures = {pool.submit(in_worker, cell, rows): place for place, cell, rows in left}
         for future in as_completed(futures):
             if stop.asked:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -171,7 +182,19 @@ def _apart(
 _SHELVES: Shelves = {}
 
 
-def in_worker(cell: Cell) -> dict[str, Any]:
+def in_worker(cell: Cell, rows: Path | None = None) -> dict[str, Any]:
     """One cell in a process of its own; Ctrl-C, which every process of the terminal gets, ends it with a partial result."""
-    with Interrupt() as stop:
-        return run_cell(cell, stop, shelves=_SHELVES)
+    with Interrupt() as stop, _job_rows(rows) as told:
+        return run_cell(cell, stop, told=told, shelves=_SHELVES)
+
+
+@contextmanager
+def _job_rows(path: Path | None) -> Iterator[Told | None]:
+    """Writes a line a job as it leaves; None without a path."""
+    if path is None:
+        yield None
+        return
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ROW_COLUMNS)
+        writer.writeheader()
+        yield writer.writerow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
 from importlib.util import find_spec
@@ -81,10 +82,15 @@ def test_one_replay_has_the_keys_of_the_design(tiny: dict[str, Any]) -> None:
 def test_replays_are_equal_whatever_runs_them(tiny: dict[str, Any], tmp_path: Path) -> None:
     cells = [TINY, replace(TINY, cluster_policy="srtf")]
     here = run_cells(cells, keeper=Keeper(None, False))
-    pool = run_cells(cells, jobs=2, keeper=Keeper(tmp_path, False))
+    pool = run_cells(cells, jobs=2, keeper=Keeper(tmp_path, False, job_rows=True))
     assert [unclocked(b) for b in here] == [unclocked(b) for b in pool]
     assert unclocked(here[0]) == unclocked(tiny)
-    assert sorted(p.name for p in (tmp_path / "cells").iterdir()) == sorted(f"{c.key}.json" for c in cells)
+    assert sorted(p.name for p in tmp_path.glob("cells/*.json")) == sorted(f"{c.key}.json" for c in cells)
+    for cell in cells:
+        with (tmp_path / "cells" / f"{cell.key}.jobs.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == tiny["jobs"]
+        assert {r["end"] for r in rows} == {"completed"}
 
 
 def test_a_killed_run_goes_on(tiny: dict[str, Any], tmp_path: Path) -> None:

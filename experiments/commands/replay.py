@@ -33,6 +33,7 @@ def run(
     engine: Engine = "pool",
     jobs: int = 1,
     resume: bool = False,
+    job_rows: bool = False,
     out: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def run(
     ]
     if size_for is not None:
         return _sized(cells, size_for, out, progress)
-    return run_all(cells, engine=engine, jobs=jobs, resume=resume, out=out, progress=progress)
+    return run_all(cells, engine=engine, jobs=jobs, resume=resume, job_rows=job_rows, out=out, progress=progress)
 
 
 def run_all(
@@ -63,6 +64,7 @@ def run_all(
     resume: bool,
     out: Path | None,
     progress: Progress,
+    job_rows: bool = False,
     group: Sequence[str] = ("trace", "cluster", "policy", "cluster_policy"),
 ) -> dict[str, Any]:
     """Run cells and write what they give; see `run`.
@@ -70,8 +72,9 @@ def run_all(
     Raises:
         InputError: a wrong cell.
     """
-    if resume and out is None:
-        raise InputError("--resume without --out: name the folder of the run to go on with")
+    for option, given in (("--resume", resume), ("--job-rows", job_rows)):
+        if given and out is None:
+            raise InputError(f"{option} without --out: name the folder")
     for cell in {replace(c, seed=0): c for c in cells}.values():
         Bench(cell).require()
     folder = output_folder(out) if out else None
@@ -80,7 +83,9 @@ def run_all(
         if folder is not None:
             _write(bodies, folder, len(cells), group)
 
-    bodies = run_cells(cells, engine=engine, jobs=jobs, keeper=Keeper(folder, resume), progress=progress, done=done)
+    bodies = run_cells(
+        cells, engine=engine, jobs=jobs, keeper=Keeper(folder, resume, job_rows), progress=progress, done=done
+    )
     done(bodies)
     return body_of(bodies, len(cells), group)
 

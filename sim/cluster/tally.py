@@ -11,8 +11,25 @@ from muxtune.sim.cluster.parts import Member
 #: How a job may end, and where it may be when the replay ends.
 ENDS = ("completed", "rejected", "cancelled", "failed")
 
-#: Told one dict a job that has left.
-Told = Callable[[dict[str, Any]], None]
+#: What is told of a job that has left.
+ROW_COLUMNS = (
+    *(
+        "job_id",
+        "tenant",
+        "end",
+        "arrival_s",
+        "start_s",
+        "end_s",
+        "steps",
+        "lost_steps",
+        "restarts",
+        "moves",
+        "alone_s",
+    ),
+    "reason",
+)
+#: Told one dict (ROW_COLUMNS) a job that has left.
+Told = Callable[[dict[str, Any]], Any]
 
 
 class Tenant:
