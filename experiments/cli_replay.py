@@ -94,6 +94,10 @@ def replay(
     max_restarts: Annotated[
         int | None, typer.Option("--max-restarts", metavar="N", min=0, help="Give a job up after more failures.")
     ] = None,
+    merge_types: Annotated[
+        bool,
+        typer.Option("--merge-types", help="Plan types of equal tokens a step as one; the error is sampled and told."),
+    ] = False,
     gpu_hour_price: Annotated[
         float, typer.Option("--gpu-hour-price", metavar="X", min=0, help="Price of a GPU hour.")
     ] = 1.0,
@@ -141,6 +145,7 @@ def replay(
         fault_rates=rates,
         faults=file,
         max_restarts=max_restarts,
+        merge_types=merge_types,
         cost=cost,
         allow_extrapolation=allow_extrapolation,
         gpu_hour_price=gpu_hour_price,

@@ -53,6 +53,7 @@ class Cell:
     Without `gpus_per_instance` an instance has the smallest power of two of devices on which the backbone takes at most half
     of the memory. `pp` None: as many stages as devices are left. With `search_layout` each co-scheduling policy gets the
     layout and micro-batch count that are best for a sample of the trace; the reference instance stays as given.
+    With `merge_types` types of equal billed tokens a step are planned as one (quantisation).
     """
 
     given: Given
@@ -74,6 +75,7 @@ class Cell:
     fault_rates: tuple[tuple[str, float], ...] = ()
     faults: str | None = None
     max_restarts: int | None = None
+    merge_types: bool = False
     cost: str = "roofline"
     allow_extrapolation: bool = False
     gpu_hour_price: float = 1.0
@@ -186,6 +188,18 @@ class Bench:
         count = min(self.cap, len(types))
         return [types[(2 * i + 1) * len(types) // (2 * count)] for i in range(count)]
 
+    def merge(self) -> Callable[[TaskType], TaskType]:
+        """Which type stands for a type: of those among the first jobs with as many tokens a step the one of middle length."""
+        groups: dict[tuple[str, int], set[TaskType]] = {}
+        for job in islice(self.trace, SAMPLE_JOBS):
+            kind = task_type(job)
+            groups.setdefault((kind.model, kind.step_tokens), set()).add(kind)
+        middle = {
+            key: sorted(group, key=lambda t: (t.billed_len_tokens, digest(t)))[len(group) // 2]
+            for key, group in groups.items()
+        }
+        return lambda kind: middle.get((kind.model, kind.step_tokens), kind)
+
     def setup(self, stop: Callable[[], bool] | None = None) -> Setup:
         """What the engine is asked."""
         cell = self.cell
@@ -264,7 +278,7 @@ def run_cell(
     bench = Bench(cell)
     kept = {} if shelves is None else shelves
     shelf, solo = (kept.setdefault((p.policy, *bench.priced_with), Shelf(p)) for p in (bench.pricer, bench.solo))
-    prices = Prices(shelf, solo)
+    prices = Prices(shelf, solo, merge=bench.merge() if cell.merge_types else None)
     replay = Replay(bench.trace, bench.rules, bench.setup(stop), prices, told)
 
     def body() -> dict[str, Any]:

@@ -60,14 +60,13 @@ def by_count(fixed_ns: int = S, each_ns: int = 0, most_samples: int | None = Non
 
 def job(index: int, arrival_ns: int, steps: int, **more: Any) -> Job:
     """A job of `gpt2` on SST-2, eight samples of 64 tokens a step."""
-    given = {"model": "gpt2", "global_batch_samples": 8, **more}
+    given = {"model": "gpt2", "global_batch_samples": 8, "billed_len_tokens": 64, **more}
     return Job(
         job_id=f"j{index}",
         arrival_ns=arrival_ns,
         steps=steps,
         peft=PEFT,
         dataset="sst2",
-        billed_len_tokens=64,
         **given,
     )
 

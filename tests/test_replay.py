@@ -19,10 +19,14 @@ from muxtune.experiments.replay_cell import Cell, run_cell
 from muxtune.experiments.replay_means import interval
 from muxtune.experiments.replay_size import parse_goal, smallest
 from muxtune.experiments.spread import Keeper, run_cells
+from muxtune.sim.cluster.prices import Prices, Shelf
 from muxtune.sim.traces.faults import read_faults
+from muxtune.spec.cluster import parse_cluster
 from muxtune.spec.errors import InputError, NoAnswerError
-from muxtune.spec.fleet import FREE, Fault
+from muxtune.spec.fleet import FREE, Fault, InstanceShape, task_type
 from muxtune.spec.jobs import TraceHeader
+from muxtune.spec.layout import even_layout
+from muxtune.spec.model import model_preset
 from tests.fleets import S, by_count, estimate_of, job, replayed, trace_of
 
 KEYS = {
@@ -288,3 +292,27 @@ def test_an_instance_grows_while_nobody_waits_and_gives_back() -> None:
         "ten steps by 5 s, ten more by 15 s; twenty by 25 s"
     )
     assert both.resizes == 2
+
+
+def test_merged_types_are_planned_as_one_and_the_error_is_sampled() -> None:
+    """Times by tokens alone: 64 x 32, 128 x 16 and 256 x 8 are one class, whose time is off by the longest length only."""
+
+    def by_tokens(types: Any, shape: Any) -> Any:
+        tokens = sum(t.step_tokens for t in types)
+        return estimate_of(tokens * 1000 + max(t.billed_len_tokens for t in types), tokens)
+
+    shelf = Shelf(by_tokens)
+    kinds = [
+        task_type(job(0, 0, 1, global_batch_samples=n, billed_len_tokens=m)) for n, m in ((32, 64), (16, 128), (8, 256))
+    ]
+    prices = Prices(shelf, shelf, merge=lambda kind: kinds[1])
+    numbers = [prices.kind(k) for k in kinds]
+    model = model_preset("gpt2")
+    shape = prices.shape(
+        InstanceShape(model="gpt2", slice=parse_cluster("1xA40"), layout=even_layout(model), microbatches=1)
+    )
+    found = [prices.ask(tuple(sorted((a, b))), shape) for a in numbers for b in numbers]
+    assert len(set(map(id, found))) == 1
+    assert prices.made == 1
+    assert prices.alone_ns(numbers[2], shape) == 2048 * 1000 + 256
+    assert all(abs(e) < 1e-4 for e in prices.errors)

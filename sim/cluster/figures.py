@@ -84,6 +84,10 @@ def _changes(replay: Replay) -> dict[str, Any]:
             "task_types": len(prices.kinds),
             "shapes": len(prices.shapes),
             "relative_error": prices.worst_error,
+            "merged": prices.merge is not None,
+            "merge_sampled": len(prices.errors),
+            "merge_error": float(np.mean(np.abs(prices.errors))) if prices.errors else None,
+            "merge_bias": float(np.mean(prices.errors)) if prices.errors else None,
         },
     }
 

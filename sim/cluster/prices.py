@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from muxtune.spec.errors import NoAnswerError
 from muxtune.spec.fleet import InstanceShape, Pricer, TaskType
 from muxtune.spec.noun import digest, noun
+
+#: Of merged multisets one in so many is planned exactly as well.
+SAMPLED = 100
 
 
 @noun
@@ -67,11 +70,18 @@ class Shelf:
 class Prices:
     """Task types and shapes of one replay by number, and their prices. Types keep the order in which they first came.
 
-    `made` counts the distinct plans that this replay needed, whether the shelf had them or not.
+    `made` counts the distinct plans that this replay needed, whether the shelf had them or not. With `merge` a task is planned
+    as the type that stands for its class (quantisation); one in `SAMPLED` of the multisets, by a hash, is planned as it is too,
+    and `errors` has merged / exact iteration time − 1 of these. Times alone are never merged.
     """
 
-    def __init__(self, shelf: Shelf, solo: Shelf, cached: bool = True) -> None:
-        self.shelf, self.solo, self.cached = shelf, solo, cached
+    def __init__(
+        self, shelf: Shelf, solo: Shelf, cached: bool = True, merge: Callable[[TaskType], TaskType] | None = None
+    ) -> None:
+        self.shelf, self.solo, self.cached, self.merge = shelf, solo, cached, merge
+        self.errors: list[float] = []
+        self._merged: dict[int, tuple[TaskType, str]] = {}
+        self._plans: set[tuple[int, tuple[str, ...]]] = set()
         self.kinds: list[TaskType] = []
         self.shapes: list[InstanceShape] = []
         self.asked = self.made = 0
@@ -106,12 +116,34 @@ class Prices:
         key = (shape, kinds)
         found = self._known.get(key)
         if found is None or not self.cached:
-            found = self._known[key] = self._look(self.shelf, kinds, shape)
-            self.made += 1
+            found = self._known[key] = self._make(kinds, shape)
             if isinstance(found, Price):
                 self.worst_error = max(self.worst_error, found.relative_error)
                 self.has_energy &= found.joules is not None
         return found
+
+    def _make(self, kinds: tuple[int, ...], shape: int) -> Price | Refusal:
+        if self.merge is None:
+            self.made += 1
+            return self._look(self.shelf, kinds, shape)
+        types, names = zip(*map(self._class, kinds), strict=True)
+        found = self.shelf.ask(types, names, self.shapes[shape], self.cached)
+        plan = (shape, tuple(sorted(names)))
+        self.made += plan not in self._plans
+        self._plans.add(plan)
+        if int(digest(sorted(self._names[k] for k in kinds)), 16) % SAMPLED == 0:
+            exact = self._look(self.shelf, kinds, shape)
+            if isinstance(exact, Price) and isinstance(found, Price):
+                self.errors.append(found.iteration_ns / exact.iteration_ns - 1)
+        return found
+
+    def _class(self, kind: int) -> tuple[TaskType, str]:
+        """The type that stands for a type, and its digest."""
+        if kind not in self._merged:
+            assert self.merge is not None
+            made = self.merge(self.kinds[kind])
+            self._merged[kind] = (made, digest(made))
+        return self._merged[kind]
 
     def _look(self, shelf: Shelf, kinds: Sequence[int], shape: int) -> Price | Refusal:
         types, names = [self.kinds[k] for k in kinds], [self._names[k] for k in kinds]
