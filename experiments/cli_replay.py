@@ -105,7 +105,10 @@ def replay(
         str | None,
         typer.Option("--size-for", metavar="GOAL", help="Smallest cluster for p95_jct<2h, slo_attainment>0.9, ..."),
     ] = None,
-    cost: opt.Cost = "roofline",
+    cost: Annotated[
+        str,
+        typer.Option("--cost", metavar="NAME|DIR|FILE", help="roofline, paper, interference, or a measured profile."),
+    ] = "roofline",
     allow_extrapolation: opt.Extrapolate = False,
     engine: EngineName = Spread.pool,
     jobs: Annotated[int, typer.Option("--jobs", metavar="N", min=1, help="Replays side by side.")] = 1,
