@@ -66,7 +66,7 @@ def test_own_file_with_options(mine: str, tiny_state: Any, fake_cost: Callable[.
         ("nothing", r"unknown policy 'nothing': known are .*greedy.*hf-peft.*muxtune"),
         (
             "muxtune:chrage=exact",
-            r"unknown option of policy muxtune 'chrage': known are alignment, charge, chunk, fusion",
+            r"unknown option of policy muxtune 'chrage': known are adapter_fusion, alignment, charge, chunk, fusion",
         ),
         ("temporal:x=1", r"unknown option of policy temporal 'x': known are \(none\)"),
         ("muxtune:charge=cheap", r"policy muxtune: charge='cheap': known are \['paper', 'exact'\]"),
