@@ -58,6 +58,10 @@ def profile(
     pp: Annotated[
         str, typer.Option("--pp", metavar="N,N,...", help="Pipeline depths to measure for, separated by commas.")
     ] = "1",
+    tp: Annotated[
+        str, typer.Option("--tp", metavar="N,N,...", help="Degrees of tensor parallelism to measure for.")
+    ] = "1",
+    dp: Annotated[str, typer.Option("--dp", metavar="N,N,...", help="Numbers of replicas to measure for.")] = "1",
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Rounds over all operators.")] = 20,
     budget: Annotated[
         str, typer.Option("--budget", metavar="TIME", help="Stop after the round in which 90s, 5m, 1h have passed.")
@@ -75,13 +79,15 @@ def profile(
     from muxtune.experiments.commands import profile as command
     from muxtune.experiments.console import Progress
 
-    depths, seconds = command.parse_pipelines(pp), command.parse_budget(budget)
+    depths, seconds = command.parse_degrees(pp, "--pp"), command.parse_budget(budget)
     with Progress() as progress:
         body = command.run(
             workload,
             out,
             cluster=cluster,
             pipelines=depths,
+            tensors=command.parse_degrees(tp, "--tp"),
+            replicas=command.parse_degrees(dp, "--dp"),
             rounds=rounds,
             budget_s=seconds,
             precision=precision,

@@ -31,8 +31,8 @@ COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("planning", ()),
 )
 UNVALIDATED = (
-    "Not validated here: tensor parallelism and the overlap of its collectives with compute, several GPUs, NVLink and "
-    "InfiniBand. What the simulator says of them is simulated, unvalidated.",
+    "Not validated here: collectives hidden under compute (on a CPU they take turns), several GPUs, NVLink and InfiniBand. "
+    "What the simulator says of them is simulated, unvalidated.",
     "Not validated here: energy, which is estimated from data sheet watts.",
 )
 ONLY_CPU = "Not validated here: any GPU. Its kernels, launch costs and memory differ; only this CPU was measured."
@@ -125,6 +125,7 @@ def _cards(result: StudyResult, target: float) -> str:
     cards = [
         (_percent(result.mape), "mean absolute error of predicted time"),
         (_percent(result.noise), "noise floor (median): no prediction can be better"),
+        *([(_percent(result.repeatability), "the same plan measured twice (median)")] if result.repeats else []),
         (f"{inside} of {len(result.rows)}", f"plans within {target:.0%} plus noise"),
         (_percent(worst.error if worst else None, "+.1%"), "worst plan"),
         (f"{statistics.fmean(taus):.2f}" if taus else "–", "Kendall τ-b, mean over comparisons"),

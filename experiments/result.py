@@ -65,6 +65,16 @@ class Shrunk:
 
 
 @noun
+class Repeat:
+    """One plan measured twice beside the others: the relative difference of its two medians."""
+
+    workload: str
+    layout: str
+    policy: str
+    difference: float
+
+
+@noun
 class Ranking:
     """Policies of one workload and layout ranked by prediction and by measurement.
 
@@ -97,6 +107,7 @@ class StudyResult:
     provenance: Birth
     seconds: float
     shrunk: Shrunk | None = None
+    repeats: tuple[Repeat, ...] = ()
 
     @property
     def mape(self) -> float | None:
@@ -115,6 +126,12 @@ class StudyResult:
         ordered = sorted(r.noise for r in self.rows)
         return ordered[len(ordered) // 2] if ordered else None
 
+    @property
+    def repeatability(self) -> float | None:
+        """Median difference of a plan measured twice: no prediction can be better."""
+        ordered = sorted(r.difference for r in self.repeats)
+        return ordered[len(ordered) // 2] if ordered else None
+
     def as_json(self) -> dict[str, Any]:
         """The object that `--json` prints (DESIGN §11: device, rows, mape, worst, kendall_tau, fitted_on, held_out)."""
         taus = [r.kendall_tau for r in self.rankings if r.kendall_tau is not None]
@@ -122,6 +139,7 @@ class StudyResult:
         body |= {
             "mape": self.mape,
             "noise": self.noise,
+            "repeatability": self.repeatability,
             "worst": plain(self.worst),
             "kendall_tau": sum(taus) / len(taus) if taus else None,
         }

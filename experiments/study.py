@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from muxtune.executor.group import WorkerGroup
-from muxtune.experiments.result import Pair, PlanRow, Ranking, Shrunk, StudyResult
+from muxtune.experiments.ranking import rank
+from muxtune.experiments.result import Pair, PlanRow, Repeat, Shrunk, StudyResult
 from muxtune.experiments.shrink import MOST_STEPS, shrink
 from muxtune.policies.base import SystemState, make_policy
 from muxtune.profiler.fit import fit
@@ -21,8 +22,8 @@ from muxtune.spec.bind import bind
 from muxtune.spec.check import require_valid
 from muxtune.spec.cluster import Cluster
 from muxtune.spec.files import write_noun
-from muxtune.spec.layout import Layout, even_layout
-from muxtune.spec.metrics import CauseError, bubble_fraction, compare_causes, compare_operators, kendall_tau_b
+from muxtune.spec.layout import Layout
+from muxtune.spec.metrics import CauseError, bubble_fraction, compare_causes, compare_operators
 from muxtune.spec.plan import Plan
 from muxtune.spec.program import Bound
 from muxtune.spec.task import Workload
@@ -33,21 +34,23 @@ Partial = Callable[[StudyResult, list[Pair]], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyConfig:
-    """What to compare. Every policy plans every workload under every pipeline depth; `rounds` are counted rounds.
+    """What to compare. Every policy plans every workload under every layout; `rounds` are counted rounds.
 
-    With `shrinks` the plan with the worst error is cut down to the smallest that still shows it.
+    With `shrinks` the plan with the worst error is cut down to the smallest that still shows it. With `repeats` the first
+    plan of every workload and layout is measured twice, as if it were two plans.
     """
 
     name: str
     workloads: tuple[Workload, ...]
     cluster: Cluster
-    pipelines: tuple[int, ...]
+    layouts: tuple[Layout, ...]
     policies: tuple[str, ...]
     microbatches: int
     rounds: int
     profile_rounds: int
     seed: int = 0
     shrinks: bool = False
+    repeats: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +70,10 @@ class Planned:
 
 
 def layout_name(layout: Layout) -> str:
-    """`1 rank`, `pp=2`."""
-    return "1 rank" if layout.ranks == 1 else f"pp={layout.pp}"
+    """`1 rank`, `pp=2`, `tp=2 pp=2`."""
+    degrees = (("tp", layout.tp), ("pp", layout.pp), ("dp", layout.dp))
+    words = [f"{name}={n}" for name, n in degrees if n > 1] + (["sp"] if layout.sequence_parallel else [])
+    return " ".join(words) or "1 rank"
 
 
 class Study:
@@ -78,25 +83,30 @@ class Study:
         self.config, self.out, self.progress = config, out, progress
         self.started_s = time.monotonic()
         self.stolen = stolen_ticks()
-        self.layouts = [even_layout(config.workloads[0].model, pp=pp) for pp in config.pipelines]
+        self.layouts = config.layouts
         self.tasks = [t for w in config.workloads for t in w.tasks]
         self.planned: list[Planned] = []
         self.measured: dict[str, Measured] = {}
         self.fitted: FittedTable | None = None
         self.shrunk: Shrunk | None = None
+        self.repeats: list[Repeat] = []
 
     def run(self, partial: Partial) -> tuple[StudyResult, list[Pair]]:
-        """Operator rounds before, between and after the plan rounds; `partial` gets a valid result after each layout."""
+        """Operator rounds before, between and after the plan rounds; `partial` gets a valid result after each.
+
+        Layouts of equally many ranks run on the same processes, their plans in turn.
+        """
         config = self.config
-        chunks = len(self.layouts) + 1
+        sizes = sorted({x.ranks for x in self.layouts})
+        chunks = len(sizes) + 1
         with Profiling(config.workloads, self.layouts, self.out / "profile") as profiling:
             self._operator_rounds(profiling, 1, chunks)
             self._plan()
-            for index, layout in enumerate(self.layouts):
-                self._measure(layout)
+            for index, ranks in enumerate(sizes):
+                self._measure([x for x in self.layouts if x.ranks == ranks], ranks)
                 self._operator_rounds(profiling, index + 2, chunks)
                 self.fitted = fit(self.out / "profile", self.tasks)
-                partial(*self.result(complete=index + 1 == len(self.layouts) and not config.shrinks))
+                partial(*self.result(complete=index + 1 == len(sizes) and not config.shrinks))
         assert self.fitted is not None
         write_noun(self.fitted, self.out / "costs.json")
         if config.shrinks:
@@ -147,14 +157,29 @@ class Study:
             workload=workload, layout_name=layout_name(layout), policy=reference, bound=bound, seconds=seconds
         )
 
-    def _measure(self, layout: Layout) -> None:
+    def _measure(self, layouts: Sequence[Layout], ranks: int) -> None:
         """Policies that decided alike share one Program, which is measured once."""
-        mine = [p for p in self.planned if p.layout_name == layout_name(layout)]
+        names = [layout_name(x) for x in layouts]
+        mine = [p for p in self.planned if p.layout_name in names]
         bounds = {p.bound.program.digest(): p.bound for p in mine}
-        label = f"execute on {layout_name(layout)}"
-        with WorkerGroup(layout) as group:
-            found = measure_plans(group, bounds, self.config.rounds, lambda d, n: self.progress(label, d, n))
+        label = f"execute on {', '.join(names)}"
+        firsts = list({(p.workload.name, p.layout_name): p for p in reversed(mine)}.values())
+        firsts = firsts if self.config.repeats else []
+        again = {f"{p.bound.program.digest()} again": p.bound for p in firsts}
+        with WorkerGroup(ranks) as group:
+            found = measure_plans(group, bounds | again, self.config.rounds, lambda d, n: self.progress(label, d, n))
         self.measured |= {p.name: found[p.bound.program.digest()] for p in mine}
+        for planned in firsts:
+            digest = planned.bound.program.digest()
+            pair = (found[digest].ratio, found[f"{digest} again"].ratio)
+            self.repeats.append(
+                Repeat(
+                    workload=planned.workload.name,
+                    layout=planned.layout_name,
+                    policy=planned.policy,
+                    difference=abs(pair[0] - pair[1]) / min(pair),
+                )
+            )
 
     def _shrink(self) -> None:
         """Cut the worst plan down; it goes to worst.json."""
@@ -222,12 +247,14 @@ class Study:
             rows=tuple(rows),
             rankings=tuple(rank(rows)),
             families=self.fitted.families,
-            fitted_on=f"{config.profile_rounds} rounds over operators and whole stages of {config.workloads[0].model.name}",
+            fitted_on=f"calibration: {config.profile_rounds} rounds over operators, collectives and whole stages of "
+            f"{config.workloads[0].model.name}",
             held_out=f"all {len(rows)} plans: no plan that is compared was used in fitting",
             reference_ns=self.fitted.reference_ns,
             provenance=born,
             seconds=time.monotonic() - self.started_s,
             shrunk=self.shrunk,
+            repeats=tuple(self.repeats),
         )
         return result, pairs
 
@@ -260,39 +287,4 @@ def plan_row(planned: Planned, simulation: Simulation, measured: Measured, refer
         plan_seconds=planned.seconds,
         causes=compare_causes(timeline, measured.timeline, scale),
         operators=compare_operators(timeline, measured.timeline, scale),
-    )
-
-
-def rank(rows: Sequence[PlanRow]) -> list[Ranking]:
-    """One ranking for each workload and layout, in the order of the rows."""
-    groups: dict[tuple[str, str], list[PlanRow]] = {}
-    for row in rows:
-        groups.setdefault((row.workload, row.layout), []).append(row)
-    return [_ranking(workload, layout, group) for (workload, layout), group in groups.items()]
-
-
-def _ranking(workload: str, layout: str, rows: Sequence[PlanRow]) -> Ranking:
-    once = list({row.plan_digest: row for row in rows}.values())
-    agree = disagree = unresolved = 0
-    for i, a in enumerate(once):
-        for b in once[:i]:
-            difference = abs(a.measured_ns - b.measured_ns) / min(a.measured_ns, b.measured_ns)
-            if difference <= max(a.noise, b.noise) + max(a.relative_error, b.relative_error):
-                unresolved += 1
-            elif (a.measured_ns < b.measured_ns) == (a.predicted_ns < b.predicted_ns):
-                agree += 1
-            else:
-                disagree += 1
-    pairs = agree + disagree + unresolved
-    winner = min(rows, key=lambda r: r.measured_ns)
-    baselines = [r for r in rows if r.policy in ("hf-peft", "sl-peft")]
-    return Ranking(
-        workload=workload,
-        layout=layout,
-        kendall_tau=kendall_tau_b([r.predicted_ns for r in once], [r.measured_ns for r in once]),
-        resolved_tau=(agree - disagree) / (agree + disagree) if agree + disagree else None,
-        unresolved=unresolved / pairs if pairs else 0.0,
-        predicted_winner=min(rows, key=lambda r: r.predicted_ns).policy,
-        winner=winner.policy,
-        speedup_over=tuple((r.policy, r.measured_ns / winner.measured_ns) for r in baselines),
     )

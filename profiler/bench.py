@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,14 @@ from muxtune.executor.tasks import register_task, step_task
 from muxtune.executor.worker import Worker
 from muxtune.kernels import grouped_lora
 from muxtune.profiler.cases import PASSAGE, Case, passage_batch
-from muxtune.profiler.passages import Part, build_passage, timed
+from muxtune.profiler.clocks import Part, choose_clock, copies_of, timed
+from muxtune.profiler.passages import build_passage
+from muxtune.profiler.shards import chunk_attention, shard_stage
 from muxtune.spec.bind import bind
 from muxtune.spec.catalogue import Piece
-from muxtune.spec.layout import Layout, even_layout
+from muxtune.spec.layout import even_layout
 from muxtune.spec.model import ModelSpec
+from muxtune.spec.ops import CHUNK_ATTENTION
 from muxtune.spec.peft import PeftSpec, peft_kinds
 from muxtune.spec.plan import Plan
 from muxtune.spec.task import Task
@@ -35,9 +39,9 @@ from muxtune.spec.task import Task
 REFERENCE_EVERY = 4
 #: Operators are run once untimed right before they are timed, as inside a layer, where their neighbours just ran. What cold
 #: code and data cost is in the cases that run many operators themselves, and an optimizer's states are cold in a real step.
-UNWARMED = (PASSAGE, "instruction", "adamw", *peft_kinds(), "attention")
+UNWARMED = (PASSAGE, "instruction", "adamw", *peft_kinds(), "attention", CHUNK_ATTENTION)
 #: Of these the first case of a round is run once untimed: its data may be cold as in a step, its code is not.
-WARM_CODE = (*peft_kinds(), "attention")
+WARM_CODE = (*peft_kinds(), "attention", CHUNK_ATTENTION)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class Timed:
 
 def prepare(worker: Worker, model: ModelSpec, tasks: dict[str, Task], cases: Sequence[Case], plan: Plan) -> None:
     """Build every case once; later rounds only run them. `plan` is the calibration plan of the instruction case."""
+    choose_clock(worker.device)
     stage = StageModel(model, even_layout(model, pp=1), 0, 0, worker.device, seed=0)
     bench = Bench(worker, model, tasks, stage, plan)
     firsts = {next((i for i, c in enumerate(cases) if c.family == family), None) for family in WARM_CODE}
@@ -124,9 +129,12 @@ class Bench:
             passage_batch(next(iter(self.tasks.values())), case.size[0]), noise_source(self.model.vocab), self.device
         )
 
+        tp = self.model.vocab // case.shape[0]
+        stage = self.stage if tp == 1 else shard_stage(self.model, tp, tuple(range(self.model.layers)), self.device)
+
         def run() -> list[Part]:
-            passage = self.stage.begin(tensors, None)
-            return [timed("forward", lambda: self.stage.forward_piece(passage, Piece(name="embed"), {}))[0]]
+            passage = stage.begin(tensors, None)
+            return [timed("forward", lambda: stage.forward_piece(passage, Piece(name="embed"), {}))[0]]
 
         return run
 
@@ -136,9 +144,10 @@ class Bench:
 
     def _linear(self, case: Case) -> Callable[[], list[Part]]:
         features_in, features_out, bias = case.shape
-        weight = self._random(features_out, features_in)
+        count = copies_of(features_out * features_in * self.dtype.itemsize, self.device)
+        weights = cycle([self._random(features_out, features_in) for _ in range(count)])
         offset = self._random(features_out) if bias else None
-        return self._graph(lambda x: F.linear(x, weight, offset), self._random(case.size[0], 1, features_in))
+        return self._graph(lambda x: F.linear(x, next(weights), offset), self._random(case.size[0], 1, features_in))
 
     def _adapter(self, case: Case) -> Callable[[], list[Part]]:
         """The executor's own call for one task's adapter, on a shard of the case's shape; sums over tp are left out."""
@@ -220,6 +229,9 @@ class Bench:
         runs = Attending(runs=whole_runs(((rows, length),)))
         return self._graph(lambda q, k, v: attention(q, k, v, runs), *leaves)
 
+    def _chunk_attention(self, case: Case) -> Callable[[], list[Part]]:
+        return chunk_attention(RaggedAttention(self.stage.gpt.config), case.size, case.shape, self._random)
+
     def _activation(self, case: Case) -> Callable[[], list[Part]]:
         width = case.shape[0] * (2 if self.model.gated else 1)
         return self._graph(lambda x: activation(self.model, self.stage.gpt, x), self._random(case.size[0], 1, width))
@@ -238,13 +250,7 @@ class Bench:
         return self._graph(loss, self._random(case.size[0], case.shape[0]))
 
     def _adamw(self, case: Case) -> Callable[[], list[Part]]:
-        model = self.model
-        pp = model.layers // len(case.layers)
-        layout = even_layout(model, pp=pp)
-        first = next(s for s in range(pp) if tuple(layout.layers_of(s)) == case.layers)
-        holder = StageModel(
-            model, Layout(pp=pp, layers_per_stage=layout.layers_per_stage), first, 0, self.device, seed=0
-        )
+        holder = shard_stage(self.model, case.tp, case.layers, self.device)
         state = register_task(holder, self.tasks[case.task], seed=0)
         gradients = [torch.randn_like(p) for p in state.parameters]
 

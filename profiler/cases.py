@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Literal
 
-from muxtune.spec.align import Batch, Row
-from muxtune.spec.catalogue import StageContext, Subgraph, adapter_sizes, stage_ops
+from muxtune.spec.align import LEAST_CHUNK_TOKENS, Batch, Row, pack_length
+from muxtune.spec.catalogue import StageContext, Subgraph, adapter_sizes, replicated_parameters, stage_ops
 from muxtune.spec.layout import Layout, even_layout
 from muxtune.spec.model import ModelSpec
 from muxtune.spec.noun import noun
-from muxtune.spec.ops import ADAPTER_SUM, ADAPTERS, OVERHEADS, Op
+from muxtune.spec.ops import ADAPTER_SUM, ADAPTERS, CHUNK_ATTENTION, COLLECTIVES, OVERHEADS, Op
 from muxtune.spec.task import Task, Workload
 
 #: A whole stage run through the executor's own nodes; `shape` says whether it is the first and the last one. What blocks
@@ -21,11 +22,15 @@ PASSAGE = "passage"
 #: inside a stage does not pay it again, so fitting takes it off; what a node pays once is part of an overhead.
 EMPTY = "empty"
 EMPTY_LORA = "empty_lora"
+#: Gradients are summed as fp32.
+GRADIENT_BYTES = 4
+#: Where the vocabulary is cut over tp ranks, their loss meets in it: it is measured by all of them.
+SHARED_LOSS = "cross_entropy"
 
 
 @noun
 class Case:
-    """One operator at one size; `task` names the adapter's owner where the family needs one."""
+    """One operator at one size; `task` names the adapter's owner where the family needs one, `tp` whose shard it is."""
 
     family: str
     dtype: str
@@ -34,6 +39,12 @@ class Case:
     direction: Literal["forward", "weights"] = "forward"
     task: str = ""
     layers: tuple[int, ...] = ()
+    tp: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks run it together: those of a collective, or of a loss over shards of the vocabulary."""
+        return self.shape[0] if self.family in COLLECTIVES else self.tp if self.family == SHARED_LOSS else 1
 
 
 def one_task_batch(task: Task, rows: int, length: int) -> Batch:
@@ -81,12 +92,25 @@ def octaves(low: int, high: int) -> tuple[int, ...]:
 def token_ranges(workload: Workload) -> tuple[tuple[int, int], tuple[int, int], int]:
     """((fewest, most) tokens of a batch, (shortest, longest) row, most rows of a batch) that any grouping can produce.
 
-    The most tokens are all tasks' global batches in one unit, padded to the longest billed length.
+    The most tokens are all tasks' global batches in one unit, padded to the longest billed length, or to whole chunks where
+    that can be cut.
     """
     longest = max(t.billed_len_tokens for t in workload.tasks)
+    longest = pack_length(longest, LEAST_CHUNK_TOKENS) if longest > LEAST_CHUNK_TOKENS else longest
     rows = sum(t.global_batch_samples for t in workload.tasks)
     shortest = min(_shortest(workload, t) for t in workload.tasks)
     return (shortest, rows * longest), (shortest, longest), rows
+
+
+def chunk_sizes(workload: Workload) -> tuple[tuple[int, int], ...]:
+    """(past, queries) to measure: all that chunks of powers of two can make of the billed lengths, on an octave grid."""
+    lengths = {t.billed_len_tokens for t in workload.tasks}
+    chunks = [c for c in octaves(LEAST_CHUNK_TOKENS, max(lengths)) if c < max(lengths)]
+    pieces = [(past, min(c, n - past)) for c in chunks for n in lengths for past in range(c, n, c)]
+    if not pieces:
+        return ()
+    pasts, queries = zip(*pieces, strict=True)
+    return tuple(product(octaves(min(pasts), max(pasts)), octaves(min(queries), max(queries))))
 
 
 def _shortest(workload: Workload, task: Task) -> int:
@@ -105,6 +129,7 @@ def needed_cases(workloads: Sequence[Workload], layouts: Sequence[Layout]) -> tu
     found: dict[Case, None] = {}
     passing = workloads[0].tasks[0]
     low = min(token_ranges(w)[0][0] for w in workloads)
+    cut = max(x.tp if x.sequence_parallel else 1 for x in layouts)
     high = max(token_ranges(w)[0][1] for w in workloads)
     for workload in workloads:
         adapters = tuple((t.task_id, t.peft) for t in workload.tasks)
@@ -114,22 +139,22 @@ def needed_cases(workloads: Sequence[Workload], layouts: Sequence[Layout]) -> tu
                 for task in workload.tasks:
                     # The task of the passages meets as many tokens as they have, all others those of their own batches.
                     most = high if task == passing else task.global_batch_samples * token_ranges(workload)[1][1]
-                    found.update(dict.fromkeys(_task_cases(workload, context, task, most)))
+                    found.update(dict.fromkeys(_task_cases(workload, context, task, (max(1, low // cut), most))))
     kinds = {(1, 1)} | {(int(x.is_first(s)), int(x.is_last(s))) for x in layouts for s in range(x.pp)}
     found.update(dict.fromkeys(_passage_cases(workloads[0].model, passing, sorted(kinds), octaves(low, high))))
     return tuple(sorted(_filled(found), key=_order))
 
 
 def _filled(cases: Iterable[Case]) -> set[Case]:
-    """The cases, with every combination of the rows and lengths of one attention group."""
+    """The cases, with every combination of the sizes of one attention group."""
     found = set(cases)
     grids: dict[tuple[str, str, tuple[int, ...]], list[tuple[int, ...]]] = {}
     for case in found:
-        if case.family == "attention":
-            grids.setdefault((case.dtype, case.direction, case.shape), []).append(case.size)
-    for (dtype, direction, shape), sizes in grids.items():
-        for rows, length in product(*({size[axis] for size in sizes} for axis in (0, 1))):
-            found.add(Case(family="attention", dtype=dtype, size=(rows, length), shape=shape, direction=direction))  # type: ignore[arg-type]
+        if case.family in ("attention", CHUNK_ATTENTION):
+            grids.setdefault((case.family, case.dtype, case.shape), []).append(case.size)
+    for (family, dtype, shape), sizes in grids.items():
+        for size in product(*(set(axis) for axis in zip(*sizes, strict=True))):
+            found.add(Case(family=family, dtype=dtype, size=size, shape=shape))
     return found
 
 
@@ -139,23 +164,32 @@ def _order(case: Case) -> tuple[str, tuple[int, ...], tuple[int, ...], str]:
     return case.family, case.shape, size, case.direction
 
 
-def _task_cases(workload: Workload, context: StageContext, task: Task, most_of_task: int) -> Iterable[Case]:
-    (fewest, most), (shortest, longest), rows = token_ranges(workload)
+def _task_cases(
+    workload: Workload, context: StageContext, task: Task, tokens_of_task: tuple[int, int]
+) -> Iterable[Case]:
+    (_, most), (shortest, longest), rows = token_ranges(workload)
+    fewest, most_of_task = tokens_of_task
+    tp = context.layout.tp
     batch = one_task_batch(task, 1, task.billed_len_tokens)
     for _, forward, backward in stage_ops(context, batch):
         for op in (*forward, *backward):
             if op.family == "attention":
                 for length in octaves(shortest, longest):
                     yield from (_case(op, (r, length)) for r in octaves(1, rows))
-            elif op.family == ADAPTER_SUM:
-                continue  # priced as the all-reduce that it is
+                for past, queries in chunk_sizes(workload):
+                    chunk = replace(op, family=CHUNK_ATTENTION)
+                    yield from (_case(chunk, (r, past, queries)) for r in octaves(1, rows))
+            elif op.family == ADAPTER_SUM or (op.family == SHARED_LOSS and tp > 1):
+                continue  # an all-reduce, and what ranks run together: of `shared_cases`
             elif op.family in ADAPTERS:
                 yield from (_case(op, (n,)) for n in octaves(_shortest(workload, task), most_of_task))
             elif op.family not in OVERHEADS:
                 yield from (_case(op, (n,)) for n in octaves(fewest, most))
     parameters, tensors = adapter_sizes(context, task.task_id)
     layers = tuple(context.layout.layers_of(context.stage))
-    yield Case(family="adamw", dtype="fp32", size=(parameters,), shape=(tensors,), task=task.task_id, layers=layers)
+    yield Case(
+        family="adamw", dtype="fp32", size=(parameters,), shape=(tensors,), task=task.task_id, layers=layers, tp=tp
+    )
 
 
 def _case(op: Op, size: tuple[int, ...]) -> Case:
@@ -179,3 +213,41 @@ def message_sizes(workloads: Sequence[Workload]) -> tuple[int, ...]:
     ranges = [token_ranges(w)[0] for w in workloads]
     width_bytes = workloads[0].model.hidden * workloads[0].model.element_bytes
     return tuple(n * width_bytes for n in octaves(min(r[0] for r in ranges), max(r[1] for r in ranges)))
+
+
+def shared_cases(workloads: Sequence[Workload], layouts: Sequence[Layout]) -> tuple[Case, ...]:
+    """What ranks run together: collectives of a stage and of gradients by size and ranks, and the loss over shards."""
+    found: set[Case] = set()
+    model = workloads[0].model
+    for layout in layouts:
+        for family in ("reduce_scatter", "all_gather") if layout.sequence_parallel else ("all_reduce",):
+            sizes = message_sizes(workloads) if layout.tp > 1 else ()
+            found.update(_collective(family, n, layout.tp) for n in sizes)
+        if layout.tp > 1:
+            ranges = [token_ranges(w)[0] for w in workloads]
+            for tokens in octaves(min(r[0] for r in ranges), max(r[1] for r in ranges)):
+                shape = (model.vocab // layout.tp,)
+                case = Case(family=SHARED_LOSS, dtype=model.dtype, size=(tokens,), shape=shape, tp=layout.tp)
+                found.add(case)
+        for ranks, gradients in _gradient_bytes(workloads, layout):
+            found.update(_collective("all_reduce", n, ranks) for n in octaves(min(gradients), max(gradients)))
+    return tuple(sorted(found, key=lambda c: (c.ranks, c.family, c.size)))
+
+
+def _collective(family: str, size_bytes: int, ranks: int) -> Case:
+    return Case(family=family, dtype="bytes", size=(size_bytes,), shape=(ranks,))
+
+
+def _gradient_bytes(workloads: Sequence[Workload], layout: Layout) -> Iterable[tuple[int, set[int]]]:
+    """(ranks, bytes that they sum after a task's backward): over replicas all gradients, over tp those held whole."""
+    whole: set[int] = set()
+    copies: set[int] = set()
+    for workload, stage in product(workloads, range(layout.pp)):
+        adapters = tuple((t.task_id, t.peft) for t in workload.tasks)
+        context = StageContext(model=workload.model, layout=layout, stage=stage, adapters=adapters)
+        for task, _ in adapters:
+            whole.add(GRADIENT_BYTES * adapter_sizes(context, task)[0])
+            copies.add(GRADIENT_BYTES * replicated_parameters(context, task))
+    for ranks, sizes in ((layout.dp, whole), (layout.tp, copies - {0})):
+        if ranks > 1 and sizes:
+            yield ranks, sizes

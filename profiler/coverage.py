@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from muxtune.profiler.cases import EMPTY, EMPTY_LORA, PASSAGE, Case, message_sizes, needed_cases
+from muxtune.profiler.cases import EMPTY, EMPTY_LORA, PASSAGE, Case, message_sizes, needed_cases, shared_cases
 from muxtune.sim.cost.table import Curve, FittedTable
 from muxtune.spec.layout import Layout
 from muxtune.spec.task import Workload
@@ -16,13 +16,11 @@ UNPRICED = (PASSAGE, EMPTY, EMPTY_LORA)
 def missing(fitted: FittedTable, workload: Workload, layouts: Sequence[Layout]) -> tuple[str, ...]:
     """One sentence an operator group that was not measured, or not over the range of sizes that any grouping can meet.
 
-    Empty: every plan without chunks and without tensor parallelism is priced without extrapolation.
+    Empty: every plan is priced without extrapolation, chunks of powers of two included.
     """
-    if any(x.tp > 1 for x in layouts):
-        return ("tensor parallelism was not measured",)
     curves = {c.group: c for c in fitted.curves}
     grids: dict[tuple[str, str, str, tuple[int, ...]], list[tuple[int, ...]]] = {}
-    for case in needed_cases([workload], layouts):
+    for case in (*needed_cases([workload], layouts), *shared_cases([workload], layouts)):
         if case.family not in UNPRICED:
             grids.setdefault((case.family, _direction(case), case.dtype, case.shape), []).append(case.size)
     said = [text for group, sizes in grids.items() if (text := _lack(curves.get(group), group, sizes))]  # type: ignore[call-overload]
@@ -33,7 +31,7 @@ def missing(fitted: FittedTable, workload: Workload, layouts: Sequence[Layout]) 
             for family in ("send", "p2p", "recv")
             if (text := _lack(curves.get((family, "forward", "bytes", ())), (family, "forward", "bytes", ()), sizes))
         ]
-    for ranks in sorted({x.ranks for x in layouts if x.ranks > 1}):
+    for ranks in sorted({x.tp * x.pp for x in layouts if x.tp * x.pp > 1}):
         if ("all_reduce", "forward", "bytes", (ranks,)) not in curves:
             said.append(f"the meeting of {ranks} ranks")
     return tuple(said)

@@ -7,6 +7,7 @@ attention and of the MLP blocks of a stage (a block each), then of the stage (on
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ from muxtune.sim.cost.base import total
 from muxtune.sim.cost.table import Curve, FittedTable, Point, Table, fit_table
 from muxtune.spec.catalogue import StageContext, stage_subgraphs, subgraph_ops
 from muxtune.spec.cluster import device_presets
-from muxtune.spec.ops import Direction
+from muxtune.spec.ops import CHUNK_ATTENTION, Direction
 from muxtune.spec.peft import peft_kinds
 from muxtune.spec.plan import Provenance
 from muxtune.spec.task import Task
@@ -38,7 +39,7 @@ def fit(folder: Path, tasks: Iterable[Task]) -> FittedTable:
     meta, rows = store.meta(), store.rows()
     device = device_presets()[meta.device]
     reference_ns = int(rows["reference_ns"].median())
-    medians = _medians(rows, reference_ns)
+    medians = _medians(rows, reference_ns, meta.device != "cpu")
     born = meta.provenance
     revisions = ", ".join(dict.fromkeys(rows["revision"]))
     provenance = Provenance(
@@ -54,18 +55,25 @@ def fit(folder: Path, tasks: Iterable[Task]) -> FittedTable:
 Medians = dict[tuple[int, str], Point]
 
 
-def _medians(rows: pd.DataFrame, reference_ns: int) -> Medians:
-    """(case, direction) → median ratio to the reference, back in ns, with its p20–p80 spread. Size is filled in later."""
+def _medians(rows: pd.DataFrame, reference_ns: int, with_host: bool = False) -> Medians:
+    """(case, direction) → median ratio to the reference, back in ns, with its p20–p80 spread. Size is filled in later.
+
+    `with_host`: a device beside its host, where the median time to issue is kept too.
+    """
     rows = rows.assign(ratio=rows["wall_ns"] / rows["reference_ns"])
     grouped = rows.groupby(["case", "direction"], sort=True)["ratio"]
     quantiles = pd.DataFrame(
         {name: grouped.quantile(share) for name, share in (("low", 0.2), ("middle", 0.5), ("high", 0.8))}
     )
+    quantiles["host"] = rows.groupby(["case", "direction"], sort=True)["cpu_ns"].median()
     found: Medians = {}
-    for (case, direction), low, middle, high in quantiles.itertuples(name=None):
+    for (case, direction), low, middle, high, host in quantiles.itertuples(name=None):
         spread = (high - low) / middle if middle else 0.0
         found[int(case), str(direction)] = Point(
-            size=(), p50_ns=max(1, round(middle * reference_ns)), spread=float(spread)
+            size=(),
+            p50_ns=max(1, round(middle * reference_ns)),
+            spread=float(spread),
+            host_ns=round(host) if with_host else None,
         )
     return found
 
@@ -73,13 +81,15 @@ def _medians(rows: pd.DataFrame, reference_ns: int) -> Medians:
 def _sized(point: Point, size: tuple[int, ...], harness_ns: int = 0) -> Point:
     """The point at its size without what timing it cost; at least a tenth of the measurement is left."""
     net_ns = max(point.p50_ns - harness_ns, -(-point.p50_ns // 10))
-    return Point(size=size, p50_ns=net_ns, spread=point.spread)
+    return replace(point, size=size, p50_ns=net_ns)
 
 
 #: Autograd graphs that one case of a family runs beside the one that its node runs anyway (query and key are rotated apart).
 #: The head's node is not part of a layer: its graph stays with the cross entropy.
 GRAPHS = {
-    **dict.fromkeys(("linear", "rmsnorm", "layernorm", "attention", "swiglu", "geglu", "gelu", "relu"), 1),
+    **dict.fromkeys(
+        ("linear", "rmsnorm", "layernorm", "attention", CHUNK_ATTENTION, "swiglu", "geglu", "gelu", "relu"), 1
+    ),
     "rope": 2,
 }
 
@@ -113,7 +123,13 @@ def _operator_curves(meta: Meta, medians: Medians) -> list[Curve]:
             point = medians[len(meta.cases) + offset, family]
             points.setdefault((family, "forward", "bytes", ()), {})[size_bytes,] = _sized(point, (size_bytes,))
     for offset, ranks in enumerate(meta.meeting_ranks, start=len(meta.cases) + len(meta.message_bytes)):
-        points["all_reduce", "forward", "bytes", (ranks,)] = {(4,): _sized(medians[offset, "all_reduce"], (4,))}
+        meeting = _sized(medians[offset, "all_reduce"], (4,))
+        points.setdefault(("all_reduce", "forward", "bytes", (ranks,)), {})[(4,)] = meeting
+    for place, case in enumerate(meta.shared, start=meta.first_shared):
+        for direction in DIRECTIONS:
+            if (place, direction) in medians:
+                point = _sized(medians[place, direction], case.size)
+                points.setdefault((case.family, direction, case.dtype, case.shape), {})[case.size] = point
     return [
         Curve(
             family=family,

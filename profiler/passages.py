@@ -5,38 +5,28 @@ Parts are named `forward` and `backward` (all nodes), and `forward.attention`, `
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from muxtune.executor.data import BatchTensors, batch_tensors, noise_source
 from muxtune.executor.passage import Passage
+from muxtune.executor.solo import drawn_weights
 from muxtune.executor.stage import StageModel
 from muxtune.executor.tasks import register_task
 from muxtune.profiler.cases import Case, block_of, passage_batch, passage_stage
+from muxtune.profiler.clocks import Part, timed
 from muxtune.spec.model import ModelSpec
 from muxtune.spec.task import Task
-
-#: A case's timed parts: (direction, nanoseconds, thread CPU nanoseconds).
-Part = tuple[str, int, int]
-
-
-def timed(direction: str, call: Callable[[], Any]) -> tuple[Part, Any]:
-    """Run once and time it by wall clock and thread CPU time."""
-    cpu_ns, wall_ns = time.thread_time_ns(), time.perf_counter_ns()
-    result = call()
-    return (direction, time.perf_counter_ns() - wall_ns, time.thread_time_ns() - cpu_ns), result
 
 
 @cache
 def _stage(model: ModelSpec, task: Task, kind: tuple[int, ...], device: torch.device) -> StageModel:
     """One stage of each kind is enough for all sizes."""
     layout, stage = passage_stage(model, kind)
-    holder = StageModel(model, layout, stage, 0, device, seed=0)
+    holder = StageModel(model, layout, stage, 0, device, seed=0, weights=drawn_weights(model, device))
     register_task(holder, task, seed=0)
     return holder
 

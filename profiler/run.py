@@ -12,7 +12,7 @@ from types import TracebackType
 from muxtune.executor.group import WorkerGroup
 from muxtune.executor.messages import Call
 from muxtune.profiler.bench import Timed
-from muxtune.profiler.cases import Case, message_sizes, needed_cases
+from muxtune.profiler.cases import Case, message_sizes, needed_cases, shared_cases
 from muxtune.profiler.noise import settled
 from muxtune.profiler.provenance import birth, revision, steal_since, stolen_ticks
 from muxtune.profiler.store import Meta, Store
@@ -68,8 +68,6 @@ class Profiling:
     """Worker processes that hold every case ready, so that rounds can be measured before, between and after other work."""
 
     def __init__(self, workloads: Sequence[Workload], layouts: Sequence[Layout], folder: Path) -> None:
-        if any(x.tp > 1 for x in layouts):
-            raise InputError("the profiler measures layouts without tensor parallelism: leave --tp out")
         if len({w.model for w in workloads}) > 1:
             raise InputError(
                 f"workloads {[w.name for w in workloads]} are on different models: profile them one by one"
@@ -79,7 +77,8 @@ class Profiling:
             raise InputError("two workloads have a task of one name: give every task its own task_id")
         self.workload = workloads[0]
         self.cases: tuple[Case, ...] = needed_cases(workloads, layouts)
-        self.meeting_ranks = tuple(sorted({x.ranks for x in layouts if x.ranks > 1}))
+        self.meeting_ranks = tuple(sorted({x.tp * x.pp for x in layouts if x.tp * x.pp > 1}))
+        self.shared = shared_cases(workloads, layouts)
         self.sizes_bytes = message_sizes(workloads) if any(x.pp > 1 for x in layouts) else ()
         self.store = Store(folder)
         meta = Meta(
@@ -88,6 +87,7 @@ class Profiling:
             cases=self.cases,
             message_bytes=self.sizes_bytes,
             meeting_ranks=self.meeting_ranks,
+            shared=self.shared,
             provenance=birth("cpu"),
         )
         self.done = self.store.open(meta)
@@ -100,10 +100,10 @@ class Profiling:
             self.single = self.stack.enter_context(WorkerGroup(even_layout(self.workload.model, pp=1), timeout_s=600))
             arguments = (self.workload.model, self.tasks, self.cases, calibration_plan(self.workload))
             self.single.ask(Call(function="muxtune.profiler.bench:prepare", arguments=arguments))
-            for ranks in self.meeting_ranks:
-                self.groups[ranks] = self.stack.enter_context(
-                    WorkerGroup(Layout(pp=ranks, layers_per_stage=(1,) * ranks))
-                )
+            for ranks in sorted({*self.meeting_ranks, *(c.ranks for c in self.shared)}):
+                self.groups[ranks] = self.stack.enter_context(WorkerGroup(ranks))
+                mine = tuple(c for c in self.shared if c.ranks == ranks)
+                self.groups[ranks].ask(Call(function="muxtune.profiler.shared:prepare", arguments=(mine,)))
             self.measure_round()  # warm-up: allocations and lazy initialisation
         return self.single
 
@@ -115,9 +115,12 @@ class Profiling:
         reference_ns, place = timed[-1].reference_ns, len(self.cases)
         if self.groups:
             rows += _transfers(next(iter(self.groups.values())), place, self.sizes_bytes, reference_ns)
-        for offset, met in enumerate(self.groups.values(), start=place + len(self.sizes_bytes)):
-            met_ns = _meeting_ns(met)
+        for offset, ranks in enumerate(self.meeting_ranks, start=place + len(self.sizes_bytes)):
+            met_ns = _meeting_ns(self.groups[ranks])
             rows.append((offset, "all_reduce", met_ns, met_ns, reference_ns))
+        first = place + len(self.sizes_bytes) + len(self.meeting_ranks)
+        for ranks, group in self.groups.items():
+            rows += _shared_rows(group, [first + i for i, c in enumerate(self.shared) if c.ranks == ranks])
         return rows
 
     def rounds(self, until: int, progress: Progress, budget: Budget | None = None) -> str:
@@ -157,6 +160,17 @@ def _transfers(pair: WorkerGroup, first: int, sizes_bytes: Sequence[int], refere
         moved_ns = max(1, there_ns - start_ns - send_ns - recv_ns)
         for direction, time_ns in (("send", send_ns), ("p2p", moved_ns), ("recv", recv_ns)):
             rows.append((first + i, direction, time_ns, time_ns, reference_ns))
+    return rows
+
+
+def _shared_rows(group: WorkerGroup, places: Sequence[int]) -> list[Row]:
+    """The parts of every shared case of a group, each of the rank that arrived last."""
+    answers = group.ask(Call(function="muxtune.profiler.shared:measure_round")) if places else []
+    rows: list[Row] = []
+    for place, ranks in zip(places, zip(*(parts for _, parts in answers), strict=True), strict=True):
+        for parts in zip(*ranks, strict=True):
+            direction, wall_ns, cpu_ns = min(parts, key=lambda p: p[1])
+            rows.append((place, direction, wall_ns, cpu_ns, answers[0][0]))
     return rows
 
 

@@ -25,7 +25,8 @@ COLUMNS = ("round", "case", "direction", "wall_ns", "cpu_ns", "reference_ns")
 class Meta:
     """What a profile folder holds: the cases (a row's `case` is an index), the model, the messages, its birth.
 
-    Rows beyond the cases are messages of `message_bytes`, then the meetings of `meeting_ranks` ranks.
+    Rows beyond the cases are messages of `message_bytes`, then the meetings of `meeting_ranks` ranks, then `shared` cases,
+    which several ranks run together.
     """
 
     device: str
@@ -33,13 +34,20 @@ class Meta:
     cases: tuple[Case, ...]
     message_bytes: tuple[int, ...]
     meeting_ranks: tuple[int, ...] = ()
+    shared: tuple[Case, ...] = ()
     provenance: Birth
+
+    @property
+    def first_shared(self) -> int:
+        """The row number of the first shared case."""
+        return len(self.cases) + len(self.message_bytes) + len(self.meeting_ranks)
 
     @property
     def key(self) -> str:
         """Two profiles with one key can be joined."""
         born = self.provenance
-        return digest((self.cases, self.message_bytes, self.meeting_ranks, born.device, born.libraries))
+        parts = (self.cases, self.message_bytes, self.meeting_ranks, self.shared)
+        return digest((*parts, born.device, born.libraries))
 
 
 class Store:

@@ -30,6 +30,8 @@ COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")
 ADAPTER_SUM = "adapter_sum"
 #: What hangs on a BaseOp, a family a PEFT method; those of one BaseOp and method may run as one grouped operator.
 ADAPTERS = frozenset({*peft_kinds(), ADAPTER_SUM})
+#: Where the attention of queries with a past is measured; the operator itself is `attention` of length past + queries.
+CHUNK_ATTENTION = "chunk_attention"
 #: Measured remainders: what a block or a stage costs beyond its operators.
 OVERHEADS = ("attention_overhead", "mlp_overhead", "stage_overhead")
 
@@ -41,7 +43,9 @@ FAMILIES: dict[str, Family] = {
     **{kind: Family(size=("tokens",), shape=peft.SHAPE) for kind, peft in peft_kinds().items()},
     ADAPTER_SUM: Family(size=("bytes",), shape=("ranks", "backward")),
     "rope": Family(size=("tokens",), shape=("heads", "head_dim")),
-    # Measured where it is square: as many queries as keys.
+    # Measured where it is square: as many queries as keys. A chunk's attention, whose keys are its past and its own, is
+    # measured over its past (so that any past goes with any queries).
+    CHUNK_ATTENTION: Family(size=("rows", "past", "queries"), shape=("heads", "kv_heads", "head_dim")),
     "attention": Family(size=("rows", "length", "queries"), shape=("heads", "kv_heads", "head_dim"), measured=2),
     "swiglu": Family(size=("tokens",), shape=("ffn_hidden",)),
     "geglu": Family(size=("tokens",), shape=("ffn_hidden",)),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from muxtune.experiments.commands.compare import split_policies
-from muxtune.experiments.commands.profile import parse_pipelines
+from muxtune.experiments.commands.profile import parse_degrees
 from muxtune.experiments.console import json_text, render, table
 from muxtune.experiments.main import main
 from muxtune.spec.errors import InputError
@@ -374,9 +374,9 @@ def test_policies_split_at_commas_but_not_inside_options():
 
 
 def test_pipeline_depths():
-    assert parse_pipelines("2, 1,2") == (2, 1)
+    assert parse_degrees("2, 1,2", "--pp") == (2, 1)
     with pytest.raises(InputError, match="--pp 0"):
-        parse_pipelines("0")
+        parse_degrees("0", "--pp")
 
 
 def test_json_has_null_where_a_number_is_none():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,28 +25,31 @@ from muxtune.profiler.cases import (
     octaves,
     passage_batch,
     passage_stage,
+    shared_cases,
 )
+from muxtune.profiler.coverage import missing
 from muxtune.profiler.fit import fit
 from muxtune.profiler.provenance import birth
 from muxtune.profiler.run import Profiling
 from muxtune.profiler.store import Meta, Store
 from muxtune.sim.cost.base import total
 from muxtune.sim.cost.roofline import Roofline
-from muxtune.sim.cost.table import Table
+from muxtune.sim.cost.table import Curve, Point, Table, fit_table
 from muxtune.sim.simulate import make_evaluate, simulate
 from muxtune.spec.bind import bind
 from muxtune.spec.catalogue import StageContext, stage_subgraphs, subgraph_ops
 from muxtune.spec.cluster import device_presets, parse_cluster
-from muxtune.spec.errors import InputError
+from muxtune.spec.errors import ExtrapolationError, InputError
 from muxtune.spec.layout import Layout, even_layout
 from muxtune.spec.lengths import embedded_length
 from muxtune.spec.model import model_preset
-from muxtune.spec.ops import OVERHEADS
+from muxtune.spec.ops import COLLECTIVES, OVERHEADS, attention
 from muxtune.spec.peft import peft_kinds
 from muxtune.spec.peft.lora import LoRA
 from muxtune.spec.task import Task, Workload
 
 CPU = device_presets()["cpu"]
+MODEL = replace(model_preset("tiny-test"), max_positions=160)
 REFERENCE_NS = 350_000
 #: Families that are timed without an autograd graph of their own.
 UNHARNESSED = ("embedding", "residual", "cross_entropy", "adamw", "launch", "instruction")
@@ -61,14 +65,18 @@ def _workload() -> Workload:
             billed_len_tokens=32,
             global_batch_samples=2,
         ),
-        Task(task_id="c", peft=LoRA(rank=4), dataset="sst2", billed_len_tokens=64, global_batch_samples=1),
+        Task(task_id="c", peft=LoRA(rank=4), dataset="sst2", billed_len_tokens=160, global_batch_samples=1),
     )
-    return Workload(name="w", model=model_preset("tiny-test"), datasets=(embedded_length("sst2"),), tasks=tasks)
+    return Workload(name="w", model=MODEL, datasets=(embedded_length("sst2"),), tasks=tasks)
 
 
 def _layouts() -> list[Layout]:
-    model = model_preset("tiny-test")
-    return [even_layout(model), even_layout(model, pp=2)]
+    return [even_layout(MODEL), even_layout(MODEL, pp=2)]
+
+
+def _more_layouts() -> list[Layout]:
+    sharded = even_layout(MODEL, tp=2, sequence_parallel=True)
+    return [*_layouts(), even_layout(MODEL, tp=2), even_layout(MODEL, dp=2), sharded]
 
 
 def _true_ns(case: Case, direction: str) -> int:
@@ -83,10 +91,11 @@ def _true_ns(case: Case, direction: str) -> int:
     return (2_000 + 300 * size) * (1 if direction == "forward" else 2) * (40 if case.family == PASSAGE else 1)
 
 
-def _meta(cases: Sequence[Case], sizes_bytes: tuple[int, ...]) -> Meta:
+def _meta(cases: Sequence[Case], sizes_bytes: tuple[int, ...], shared: Sequence[Case] = ()) -> Meta:
     return Meta(
         device="cpu",
-        model=model_preset("tiny-test"),
+        model=MODEL,
+        shared=tuple(shared),
         cases=tuple(cases),
         message_bytes=sizes_bytes,
         meeting_ranks=(2,) if sizes_bytes else (),
@@ -94,7 +103,9 @@ def _meta(cases: Sequence[Case], sizes_bytes: tuple[int, ...]) -> Meta:
     )
 
 
-def _rows(cases: Sequence[Case], sizes_bytes: tuple[int, ...], drift: float) -> list[tuple[int, str, int, int, int]]:
+def _rows(
+    cases: Sequence[Case], sizes_bytes: tuple[int, ...], drift: float, shared: Sequence[Case] = ()
+) -> list[tuple[int, str, int, int, int]]:
     """One round of the made-up machine, slowed down by `drift` as a whole, reference included."""
     reference_ns = round(REFERENCE_NS * drift)
     rows = []
@@ -109,7 +120,12 @@ def _rows(cases: Sequence[Case], sizes_bytes: tuple[int, ...], drift: float) -> 
             ns = round((10_000 + size_bytes) * drift)
             rows.append((len(cases) + offset, family, ns, ns, reference_ns))
     ns = round(90_000 * drift)
-    return [*rows, (len(cases) + len(sizes_bytes), "all_reduce", ns, ns, reference_ns)]
+    rows.append((len(cases) + len(sizes_bytes), "all_reduce", ns, ns, reference_ns))
+    for place, case in enumerate(shared, start=len(cases) + len(sizes_bytes) + 1):
+        for direction in ("forward",) if case.family in COLLECTIVES else ("forward", "backward"):
+            ns = round(_true_ns(case, direction) * drift)
+            rows.append((place, direction, ns, ns, reference_ns))
+    return rows
 
 
 @pytest.fixture
@@ -145,13 +161,54 @@ def test_the_cases_cover_every_operator_of_every_policys_plan(
     state = SystemState(
         workload=workload, cluster=parse_cluster("2xcpu"), layout=layout, microbatches=2, evaluate=evaluate
     )
-    # `search` may cut chunks, whose attention no profile has yet: it is asked for padded plans here.
-    options = ":alignment=pad" if name == "search" and not alignment else alignment
-    plan = make_policy(with_options(name + options, policy.quick), Roofline()).plan(state)
+    plan = make_policy(with_options(name + alignment, policy.quick), Roofline()).plan(state)
     for seed in range(3):
         found = simulate(bind(plan, seed=seed), table).estimate
         assert found.extrapolated_fraction == 0
         assert found.calibrated
+
+
+def test_shards_collectives_and_chunks_are_covered(tmp_path: Path) -> None:
+    """Chunk-aligned plans under tensor parallelism, with sequence parallelism, under replicas and on a pipeline."""
+    workload, layouts = _workload(), _more_layouts()
+    cases, sizes_bytes, shared = (
+        needed_cases([workload], layouts),
+        message_sizes([workload]),
+        shared_cases([workload], layouts),
+    )
+    store = Store(tmp_path / "p")
+    store.open(_meta(cases, sizes_bytes, shared))
+    for number in range(2):
+        store.append(number, _rows(cases, sizes_bytes, 1.0, shared))
+    fitted = fit(store.folder, workload.tasks)
+    assert missing(fitted, workload, layouts) == ()
+    table = Table(fitted, CPU)
+    chunked = 0
+    for layout in layouts:
+        for name in ("muxtune:alignment=chunk", "muxtune:alignment=varlen", "temporal"):
+            evaluate = make_evaluate(Roofline(), 0, 1)
+            state = SystemState(
+                workload=workload, cluster=parse_cluster("2xcpu"), layout=layout, microbatches=2, evaluate=evaluate
+            )
+            bound = bind(make_policy(name, table).plan(state), seed=1)
+            assert simulate(bound, table).estimate.extrapolated_fraction == 0, (layout.name, name)
+            chunked += any(q < n for w in bound.program.units for b in w.batches for _, n, q in b.attention_runs())
+    assert chunked == len(layouts)
+
+
+def test_a_chunk_without_a_curve_takes_its_share_and_says_so() -> None:
+    """Two thirds of a sequence of 96 are past: 32 · (192 − 32) / 96² of the square's flops."""
+    points = tuple(Point(size=(1, n), p50_ns=n * n, spread=0.0) for n in (64, 96, 128))
+    square = Curve(family="attention", direction="forward", dtype="fp32", shape=(4, 2, 8), points=points)
+    chunks = tuple(Point(size=(1, n, 32), p50_ns=50_000 + n, spread=0.0) for n in (32, 64))
+    own = Curve(family="chunk_attention", direction="forward", dtype="fp32", shape=(4, 2, 8), points=chunks)
+    op = attention(1, 96, (4, 2, 8), "forward", "fp32", 4, queries=32)
+    guessed = Table(fit_table([square], CPU, 1), CPU, allow_extrapolation=True).latency(op, CPU)
+    assert (guessed.p50_ns, guessed.extrapolated) == (32 * (192 - 32), True)
+    with pytest.raises(ExtrapolationError, match="a chunk of 32 queries to 96 keys was not measured"):
+        Table(fit_table([square], CPU, 1), CPU).latency(op, CPU)
+    measured = Table(fit_table([square, own], CPU, 1), CPU).latency(op, CPU)
+    assert (measured.p50_ns, measured.extrapolated) == (50_064, False)
 
 
 def test_fit_divides_out_the_drift(profile: tuple[Path, Workload, tuple[Case, ...]]) -> None:
@@ -176,7 +233,8 @@ def test_overheads_are_what_the_operators_do_not_explain(
 ) -> None:
     """Any passage priced by the fitted table takes the time that its nodes took, and so do its blocks."""
     folder, workload, cases = profile
-    table = Table(fit(folder, workload.tasks), CPU)
+    # The largest passages have more rows than any batch.
+    table = Table(fit(folder, workload.tasks), CPU, allow_extrapolation=True)
     passages = [c for c in cases if c.family == PASSAGE]
     assert {c.shape for c in passages} == {(1, 1), (1, 0), (0, 1)}
     task = workload.task(passages[0].task)
@@ -213,7 +271,7 @@ def test_two_real_rounds_are_stored_resumed_and_fitted(tmp_path: Path) -> None:
     workload = _workload()
     told: list[tuple[int, int]] = []
     for until in (1, 2):
-        with Profiling([workload], _layouts(), tmp_path / "p") as profiling:
+        with Profiling([workload], [*_layouts(), even_layout(MODEL, tp=2)], tmp_path / "p") as profiling:
             assert profiling.done == until - 1
             profiling.rounds(until, lambda done, total: told.append((done, total)))
     assert told == [(1, 1), (2, 2)]
@@ -232,6 +290,8 @@ def test_two_real_rounds_are_stored_resumed_and_fitted(tmp_path: Path) -> None:
         "send",
         "p2p",
         "recv",
+        "all_reduce",
+        "chunk_attention",
     }
     assert all(p.p50_ns > 0 for c in fitted.curves for p in c.points if c.family not in OVERHEADS)
     assert fitted.provenance.environment

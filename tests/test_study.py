@@ -9,37 +9,42 @@ from pathlib import Path
 import pytest
 
 from muxtune.experiments.commands.study import write_study
+from muxtune.experiments.ranking import rank
 from muxtune.experiments.result import Pair, PlanRow, StudyResult
-from muxtune.experiments.study import Study, StudyConfig, rank
+from muxtune.experiments.study import Study, StudyConfig
 from muxtune.experiments.suites import demo_study, suite_study
 from muxtune.spec.cluster import parse_cluster
 from muxtune.spec.errors import NoAnswerError, UnknownKeyError
 from muxtune.spec.files import read_noun
+from muxtune.spec.layout import even_layout
 from muxtune.spec.lengths import embedded_length
 from muxtune.spec.model import model_preset
 from muxtune.spec.peft.lora import LoRA
 from muxtune.spec.plan import Plan
 from muxtune.spec.task import Task, Workload
 
-POLICIES = ("hf-peft", "sl-peft", "muxtune", "greedy:alignment=varlen")
+POLICIES = ("hf-peft", "muxtune", "greedy:alignment=varlen", "muxtune:alignment=chunk")
+MODEL = replace(model_preset("tiny-test"), max_positions=128)
+LAYOUTS = (even_layout(MODEL), even_layout(MODEL, pp=2), even_layout(MODEL, tp=2), even_layout(MODEL, dp=2))
 
 
 def _config() -> StudyConfig:
     tasks = tuple(
         Task(task_id=name, peft=LoRA(rank=rank_), dataset="sst2", billed_len_tokens=length, global_batch_samples=batch)
-        for name, rank_, length, batch in (("a", 4, 16, 3), ("b", 2, 32, 2), ("c", 4, 16, 1))
+        for name, rank_, length, batch in (("a", 4, 16, 3), ("b", 2, 128, 2), ("c", 4, 16, 1))
     )
-    workload = Workload(name="w", model=model_preset("tiny-test"), datasets=(embedded_length("sst2"),), tasks=tasks)
+    workload = Workload(name="w", model=MODEL, datasets=(embedded_length("sst2"),), tasks=tasks)
     return StudyConfig(
         name="t",
         workloads=(workload,),
         cluster=parse_cluster("2xcpu"),
-        pipelines=(1, 2),
+        layouts=LAYOUTS,
         policies=POLICIES,
         microbatches=2,
-        rounds=4,
-        profile_rounds=3,
+        rounds=2,
+        profile_rounds=2,
         shrinks=True,
+        repeats=True,
     )
 
 
@@ -62,11 +67,13 @@ pytestmark = pytest.mark.dist
 def test_every_plan_is_predicted_and_measured(study: tuple[StudyResult, list[Pair], list[bool], Path]) -> None:
     result, pairs, partials, _ = study
     assert partials == [False, False, True]
-    assert len(result.rows) == len(pairs) == 2 * len(POLICIES)
+    assert len(result.rows) == len(pairs) == len(LAYOUTS) * len(POLICIES)
+    assert len(result.repeats) == len(LAYOUTS)
+    assert {r.layout for r in result.rows} == {"1 rank", "pp=2", "tp=2", "dp=2"}
     for row in result.rows:
         assert row.predicted_ns > 0
         assert row.measured_ns > 0
-        assert row.rounds == 4
+        assert row.rounds == 2
         assert row.error == pytest.approx(row.predicted_ns / row.measured_ns - 1)
         assert row.extrapolated_fraction == 0
         assert min(row.measured_peak_bytes) > 0
@@ -93,7 +100,7 @@ def test_peak_memory_is_predicted(study: tuple[StudyResult, list[Pair], list[boo
 def test_files_are_there_and_valid(study: tuple[StudyResult, list[Pair], list[bool], Path]) -> None:
     result, _, _, out = study
     body = json.loads((out / "result.json").read_text())
-    assert {"device", "rows", "mape", "worst", "kendall_tau", "fitted_on", "held_out"} <= body.keys()
+    assert {"device", "rows", "mape", "worst", "kendall_tau", "fitted_on", "held_out", "repeatability"} <= body.keys()
     assert body["mape"] == pytest.approx(result.mape)
     keys = {"workload", "policy", "plan_digest", "predicted_ns", "measured_ns", "error"}
     assert all(keys <= row.keys() for row in body["rows"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def run(
     *,
     cluster: str = "cpu",
     pipelines: Sequence[int] = (1,),
+    tensors: Sequence[int] = (1,),
+    replicas: Sequence[int] = (1,),
     rounds: int = 20,
     budget_s: float | None = None,
     precision: float | None = None,
@@ -37,6 +40,8 @@ def run(
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Measure until `rounds` rounds are in `out`, resuming what is there, and write `out`/costs.json.
+
+    Layouts are all combinations of `tensors` (tp), `pipelines` (pp) and `replicas` (dp).
 
     It ends before that when `budget_s` seconds have passed (one round is always measured) or when the 95 % interval of every
     median is within `precision` of it. `report` adds `out`/report.html.
@@ -48,7 +53,8 @@ def run(
     if not device.is_cpu:
         raise InputError(f"--cluster {cluster}: the profiler measures this machine's CPU: give --cluster cpu")
     tasks = [read_workload(path) for path in workloads]
-    layouts = [even_layout(tasks[0].model, pp=pp) for pp in pipelines]
+    degrees = product(tensors, pipelines, replicas)
+    layouts = [even_layout(tasks[0].model, tp=tp, pp=pp, dp=dp) for tp, pp, dp in degrees]
     folder = output_folder(out)
     started_s = time.monotonic()
     budget = Budget(None if budget_s is None else started_s + budget_s, precision)
@@ -114,15 +120,15 @@ def parse_budget(text: str) -> float | None:
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
-def parse_pipelines(text: str) -> tuple[int, ...]:
-    """`1,2` as pipeline depths.
+def parse_degrees(text: str, option: str) -> tuple[int, ...]:
+    """`1,2` as pipeline depths, or degrees of tensor or data parallelism.
 
     Raises:
         InputError: not whole numbers, at least 1.
     """
     pieces = [piece.strip() for piece in text.split(",")]
     if not all(piece.isdecimal() and int(piece) >= 1 for piece in pieces):
-        raise InputError(f"--pp {text}: give whole numbers, at least 1, separated by commas, such as 1,2")
+        raise InputError(f"{option} {text}: give whole numbers, at least 1, separated by commas, such as 1,2")
     return tuple(dict.fromkeys(int(piece) for piece in pieces))
 
 

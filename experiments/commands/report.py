@@ -18,7 +18,7 @@ from muxtune.spec.timeline import Timeline
 
 RESULT, PAIRS = "result.json", "pairs.json"
 #: What `StudyResult.as_json` derives from the fields.
-DERIVED = frozenset({"mape", "noise", "worst", "kendall_tau"})
+DERIVED = frozenset({"mape", "noise", "repeatability", "worst", "kendall_tau"})
 
 
 @noun

@@ -77,10 +77,14 @@ def study_tables(result: StudyResult) -> str:
     if result.mape is not None and result.worst is not None and result.noise is not None:
         worst = result.worst
         parts.append(
-            f"mean absolute error {result.mape:.1%} (noise floor {result.noise:.1%}), worst {worst.error:+.1%} for "
-            f"{worst.policy} on {worst.workload}, {worst.layout}; held out: {result.held_out}\n"
+            f"mean absolute error {result.mape:.1%} (noise floor {result.noise:.1%}{_twice(result)}), worst {worst.error:+.1%} "
+            f"for {worst.policy} on {worst.workload}, {worst.layout}; held out: {result.held_out}\n"
         )
     return "".join(parts)
+
+
+def _twice(result: StudyResult) -> str:
+    return "" if result.repeatability is None else f", the same plan twice {result.repeatability:.1%}"
 
 
 def _row(row: PlanRow) -> tuple[str, ...]:

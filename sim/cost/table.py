@@ -162,15 +162,15 @@ class Table(CostBase):
         return self.latency(op, self.device)
 
     def _price(self, op: Op) -> Cost:
-        if op.group not in self._curves:
+        group, size, share = self._measured(op)
+        if group not in self._curves:
             raise ExtrapolationError(f"{_group_name(op.group)} was not measured: profile again with this workload")
-        curve, interpolate = self._curves[op.group]
-        size, share = _measured_size(op)
+        curve, interpolate = self._curves[group]
         extrapolated = share < 1 or not interpolate.covers(size)
         if extrapolated and not self.allow_extrapolation:
-            raise ExtrapolationError(_outside(op, curve))
+            raise ExtrapolationError(_outside(op, curve, size, share))
         p50_ns = round(share * interpolate.ns(size))
-        mape = self._mape.get(op.family)
+        mape = self._mape.get(curve.family)
         busy, guessed = self._utilisation(op, curve)
         return Cost(
             p50_ns=p50_ns,
@@ -181,6 +181,19 @@ class Table(CostBase):
             utilisation=busy,
             utilisation_guessed=guessed,
         )
+
+    def _measured(self, op: Op) -> tuple[Group, Size, float]:
+        """The curve and the size that stand for an operator, and the operator's share of the time there.
+
+        A chunk of a sequence has its own curve; without one it takes its share of the flops of square attention.
+        """
+        if op.family != "attention" or op.size[1] == op.size[2]:
+            return op.group, op.size[:2] if op.family == "attention" else op.size, 1.0
+        rows, length, queries = op.size
+        chunked = (ops.CHUNK_ATTENTION, *op.group[1:])
+        if chunked in self._curves:
+            return chunked, (rows, length - queries, queries), 1.0
+        return op.group, op.size[:2], queries * (2 * length - queries) / length**2
 
     def _utilisation(self, op: Op, curve: Curve) -> tuple[float, bool]:
         """(u_a, whether it is the roofline's): of the nearest measured size; on a CPU an adapter has its core alone."""
@@ -256,17 +269,6 @@ def _left_out(sizes: Iterable[Size]) -> Iterator[list[Size]]:
             yield [size for size in ordered if size[axis] == value]
 
 
-def _measured_size(op: Op) -> tuple[Size, float]:
-    """The size that stands for an operator in a profile, and the operator's share of its time.
-
-    Attention is measured square. A chunk of a sequence takes its share of the flops of all queries to the same keys.
-    """
-    if op.family != "attention":
-        return op.size, 1.0
-    _, length, queries = op.size
-    return op.size[:2], queries * (2 * length - queries) / length**2
-
-
 def interpolant(curve: Curve, device: DeviceSpec, measured_ns: Mapping[Size, int] | None = None) -> Interpolant:
     """The curve as a function of size, through its points or through `measured_ns` instead."""
     points = measured_ns or {p.size: p.p50_ns for p in curve.points}
@@ -285,6 +287,9 @@ def _baseline_ns(curve: Curve, device: DeviceSpec, size: Size) -> float:
     elif curve.family == "attention":
         heads = (shape[0], shape[1], shape[2])
         op = ops.attention(size[0], size[1], heads, curve.direction, dtype, DTYPE_BYTES[dtype])
+    elif curve.family == ops.CHUNK_ATTENTION:
+        heads, (rows, past, queries) = (shape[0], shape[1], shape[2]), size
+        op = ops.attention(rows, past + queries, heads, curve.direction, dtype, DTYPE_BYTES[dtype], queries)
     else:
         return float(size[0])
     return max(op.flops / device.peak_flops(dtype), op.moved_bytes / device.bandwidth_bytes_per_s) * NS_PER_S
@@ -297,14 +302,15 @@ def _group_name(group: Group) -> str:
     return f"{family} {direction} {dtype} ({labels})"
 
 
-def _outside(op: Op, curve: Curve) -> str:
+def _outside(op: Op, curve: Curve, size: Size, share: float) -> str:
     """The sentence that refuses an operator outside the measured range."""
     parts: list[str] = []
-    for i, variable in enumerate(FAMILIES[op.family].grid):
+    for i, variable in enumerate(FAMILIES[curve.family].grid):
         values = sorted({p.size[i] for p in curve.points})
-        if not values[0] <= op.size[i] <= values[-1]:
-            parts.append(f"{variable}={op.size[i]} is outside the measured {values[0]}..{values[-1]}")
-    if _measured_size(op)[1] < 1:
-        parts.append(f"a chunk of {op.size[2]} queries to {op.size[1]} keys is never measured")
-    remedy = "allow it" if _measured_size(op)[1] < 1 else "profile again with this workload, or allow it"
-    return f"{curve.name}: {' and '.join(parts)}: {remedy} by --allow-extrapolation"
+        if not values[0] <= size[i] <= values[-1]:
+            parts.append(f"{variable}={size[i]} is outside the measured {values[0]}..{values[-1]}")
+    if share < 1:
+        parts.append(f"a chunk of {op.size[2]} queries to {op.size[1]} keys was not measured")
+    return (
+        f"{curve.name}: {' and '.join(parts)}: profile again with this workload, or allow it by --allow-extrapolation"
+    )
