@@ -42,7 +42,7 @@ def paper_stage_bytes(contexts: Sequence[StageContext], loads: Iterable[TaskLoad
     for load in loads:
         batch = _batch(load)
         shared += model.layers * batch.tokens * model.hidden * model.element_bytes
-        own += min(stages, load.microbatches) * sum(held_bytes(c, batch) for c in contexts)
+        own += min(stages, load.microbatches) * sum(held_bytes(c, batch, fused=True) for c in contexts)
     return -(-(shared + own) // stages)
 
 

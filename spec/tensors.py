@@ -18,6 +18,8 @@ ADAPTER_KINDS = {"adapters": 4, "gradients": 4, "optimizer_states": 8}
 ADAPTER_STATE_BYTES = sum(ADAPTER_KINDS.values())
 #: dK and dV of a chunk are added up over the later chunks in fp32.
 DKV_BYTES = 4
+#: The loss is computed in fp32.
+SOFTMAX_BYTES = 4
 
 
 def weight_tensors(context: StageContext) -> Tensors:
@@ -55,17 +57,18 @@ def adapter_bytes(context: StageContext, tasks: tuple[str, ...]) -> int:
     return sum(adapter_sizes(context, t)[0] for t in tasks) * ADAPTER_STATE_BYTES
 
 
-def held_bytes(context: StageContext, batch: Batch) -> int:
+def held_bytes(context: StageContext, batch: Batch, fused: bool = False) -> int:
     """Bytes that one batch keeps on a stage from its forward to its backward, without rounding."""
-    return exact_bytes(held_tensors(context, batch))
+    return exact_bytes(held_tensors(context, batch, fused))
 
 
-def held_tensors(context: StageContext, batch: Batch) -> Tensors:
+def held_tensors(context: StageContext, batch: Batch, fused: bool = False) -> Tensors:
     """What one batch keeps on a stage from its forward to its backward.
 
     Without recomputation all that autograd saves; with it the input of every layer, and what final norm and head save.
+    `fused` leaves out what only unfused modules keep (see `layer_tensors`).
     """
-    saved = layer_tensors(context, batch)
+    saved = layer_tensors(context, batch, fused)
     kept = saved[:1] if context.layout.recompute == "full" else saved
     layers = len(context.layout.layers_of(context.stage))
     return (*((size_bytes, layers * count) for size_bytes, count in kept), *_end_tensors(context, batch))
@@ -76,22 +79,41 @@ def again_tensors(context: StageContext, batch: Batch) -> Tensors:
     return layer_tensors(context, batch)[1:] if context.layout.recompute == "full" else ()
 
 
-def layer_tensors(context: StageContext, batch: Batch) -> Tensors:
-    """What autograd saves of one layer; the layer's input comes first."""
+def layer_tensors(context: StageContext, batch: Batch, fused: bool = False) -> Tensors:
+    """What autograd saves of one layer; the layer's input comes first.
+
+    The executor's modules are not fused: they keep more than the mathematics needs, which `fused` leaves out.
+    """
     model, stream = context.model, context.layout.shard_tokens(batch.tokens)
     norms = [stream * model.hidden, stream, stream]  # the second norm's input, and a statistic a token of each
     elements = [*norms, *_attention_held(context, batch), *_mlp_held(context, batch)]
+    elements += [] if fused else _unfused(context, batch)
     layer_input = (stream * model.hidden * model.element_bytes, 1)
     return (layer_input, *_tensors(elements, model.element_bytes))
 
 
+def _unfused(context: StageContext, batch: Batch) -> list[int]:
+    """Elements that Megatron's local modules keep besides, measured by `profiler/kept.py`.
+
+    v is a view of the fused qkv, whose q and k stay with it where rope has rotated copies of them; rope keeps cosines and sines
+    for q and for k; a gated MLP copies *up*; a layer norm has a second statistic a token.
+    """
+    model, tp, tokens = context.model, context.layout.tp, batch.tokens
+    stream = context.layout.shard_tokens(tokens)
+    found = [stream, stream] if model.norm == "layernorm" else []
+    if model.positions == "rope":
+        heads = model.heads // tp + max(1, model.kv_heads // tp)
+        found += [tokens * heads * model.head_dim, *[tokens * model.head_dim] * 4]
+    return found + ([tokens * (model.ffn_hidden // tp)] if model.gated else [])
+
+
 def _end_tensors(context: StageContext, batch: Batch) -> Tensors:
-    """What final norm and head keep on the last stage: the norm's input, logits and their soft-max."""
+    """What final norm and head keep on the last stage: the norm's input, and the soft-max of the logits in fp32."""
     if not context.layout.is_last(context.stage):
         return ()
     model, stream = context.model, context.layout.shard_tokens(batch.tokens)
-    logits = batch.tokens * (model.vocab // context.layout.tp)
-    return _tensors([stream * model.hidden, stream, logits, logits], model.element_bytes)
+    softmax_bytes = SOFTMAX_BYTES * batch.tokens * (model.vocab // context.layout.tp)
+    return (*_tensors([stream * model.hidden, stream], model.element_bytes), (softmax_bytes, 1))
 
 
 def _tensors(elements: Iterable[int], element_bytes: int) -> Tensors:
@@ -150,7 +172,8 @@ def working_bytes(context: StageContext, batch: Batch) -> int:
     model, tp = context.model, context.layout.tp
     widest = max(2 * model.fc1_out // tp, 2 * model.qkv_out // tp)
     if context.layout.is_last(context.stage):
-        widest = max(widest, model.vocab // tp)
+        # The loss's backward has two fp32 gradients of the logits beside the soft-max that was kept.
+        widest = max(widest, 2 * SOFTMAX_BYTES * (model.vocab // tp) // model.element_bytes)
     hung = (
         (peft, target) for task, _, _ in batch.segments() for peft in (context.peft(task),) for target in peft.targets
     )

@@ -53,9 +53,9 @@ def test_eq_5_by_hand() -> None:
     adapters = (("a", LoRA(rank=4, targets=("qkv",))),)
     contexts = [StageContext(model=model, layout=layout, stage=s, adapters=adapters) for s in range(4)]
     m_b, m_g = model.parameters * 4, 4 * 192 * 4
-    # norms 2·(192+1); q, k, v, output, log-sum-exp; qkv's input and A x; gate, up and their product; then norm and logits.
+    # norms 2·(192+1); q, k, v, output, log-sum-exp; qkv's input and A x; gate, up and their product; then norm and soft-max.
     layer = 2 * (192 + 1) + (2 * 6 + 2 * 2) * 32 + 6 + (192 + 4) + 3 * 512
-    m_a = 4 * (4 * layer + (192 + 1) + 2 * 1024)
+    m_a = 4 * (4 * layer + (192 + 1) + 1024)
     for microbatches, copies in ((1, 1), (3, 3), (4, 4), (9, 4)):
         load = TaskLoad(task="a", samples=1, length_tokens=1, microbatches=microbatches)
         assert paper_stage_bytes(contexts, [load]) == -(-(m_b + m_g + copies * m_a) // 4)

@@ -80,7 +80,9 @@ def test_held_bytes_by_hand() -> None:
     attention = (2 * 6 + 2 * 2) * 32 + 6  # q, output, k, v, log-sum-exp a head
     adapter = 192 + 4  # input of qkv, A x
     mlp = 2 * 512 + 512  # gate and up, their product
-    assert held_bytes(context, rows(1, 1)) == 4 * (norms + attention + adapter + mlp)
+    assert held_bytes(context, rows(1, 1), fused=True) == 4 * (norms + attention + adapter + mlp)
+    unfused = (6 + 2) * 32 + 4 * 32 + 512  # q and k as they were, cosines and sines for both, a copy of up
+    assert held_bytes(context, rows(1, 1)) == 4 * (norms + attention + adapter + mlp + unfused)
 
 
 def test_an_adapter_on_more_base_ops_holds_more() -> None:
