@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from muxtune.executor.data import BatchTensors, batch_tensors, response_counts, token_source
-from muxtune.executor.hf.backbone import split_qkv
 from muxtune.executor.hf.families import FAMILIES, PARTS
 from muxtune.executor.megatron import DTYPES
 from muxtune.executor.memory import allocation_peak, resident_bytes
@@ -40,7 +39,7 @@ def require_baseline(model: ModelSpec) -> None:
     Raises:
         NoAnswerError: transformers or peft is absent, or the backbone is not LLaMA-shaped.
     """
-    absent = [name for name in ("transformers", "peft") if importlib.util.find_spec(name) is None]
+    absent = [name for name in ("transformers", "peft", "safetensors") if importlib.util.find_spec(name) is None]
     if absent:
         raise NoAnswerError(f"baseline hf-peft: {' and '.join(absent)} not installed: pip install 'muxtune[hf]'")
     shape = (model.norm, model.activation, model.positions, model.biases, model.tied_embeddings)
@@ -80,6 +79,8 @@ def transformers_model(solo: Solo) -> Any:
 
 def _state(ours: dict[str, Tensor], model: ModelSpec) -> dict[str, Tensor]:
     """The executor's weights under the names that transformers has."""
+    from muxtune.executor.hf.backbone import split_qkv  # noqa: PLC0415 # needs safetensors, of an extra
+
     found = {
         f"{LLAMA.embedding}.weight": ours["embedding.word_embeddings.weight"],
         f"{LLAMA.final_norm}.weight": ours["decoder.final_layernorm.weight"],

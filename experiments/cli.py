@@ -290,6 +290,10 @@ def execute(
     layer_spec: opt.LayerSpecName = "auto",
     backbone: opt.Backbone = None,
     data: opt.DataFolder = None,
+    baseline: Annotated[
+        str,
+        typer.Option("--baseline", metavar="NAME", help="hf-peft: then the tasks one by one on transformers + peft."),
+    ] = "",
     as_json: opt.AsJson = False,
 ) -> Answer:
     """Train by a plan on Megatron-core: times, memory, losses."""
@@ -312,6 +316,10 @@ def execute(
         options: dict[str, Any] = {"iterations": iterations, "trace": trace, "seed": seed, "out": out}
         options |= {"training": training, "progress": progress, "say": progress.say}
         body = command.run(plan, device=device.value, kernel=kernel.value, **options)
+    if baseline:
+        from muxtune.experiments.commands import baseline as other
+
+        body["baseline"] = other.run(plan, baseline, device=device.value, iterations=iterations, seed=seed)
     return Answer(body=body, show=command.show, as_json=as_json)
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from muxtune.executor.hf_baseline import HfBaseline, require_baseline
 from muxtune.executor.solo import DrawnOnDevice, Solo
+from muxtune.experiments.commands import baseline
 from muxtune.policies.base import SystemState, make_policy
 from muxtune.sim.cost.roofline import Roofline
 from muxtune.spec.bind import bind
 from muxtune.spec.cluster import parse_cluster
-from muxtune.spec.errors import NoAnswerError
+from muxtune.spec.errors import NoAnswerError, UnknownKeyError
+from muxtune.spec.files import write_noun
 from muxtune.spec.layout import even_layout
 from muxtune.spec.lengths import embedded_length
 from muxtune.spec.model import model_preset
@@ -84,3 +87,20 @@ def test_a_backbone_drawn_on_its_device() -> None:
     assert float(weights["decoder.layers.0.mlp.linear_fc1.weight"].std()) == pytest.approx(0.02, rel=0.1)
     assert bool((weights["decoder.final_layernorm.weight"] == 1).all())
     assert not any(w.requires_grad for w in weights.values())
+
+
+def test_the_command_runs_a_plans_tasks_on_it(tmp_path: Path) -> None:
+    """The plan's samples: first losses are those of the plan run alone, to what a fused qkv leaves equal."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    (bound, *_) = _bounds(("qkv", "fc2"), steps=1)
+    write_noun(bound.plan, tmp_path / "plan.json")
+    body = baseline.run(tmp_path / "plan.json", "hf-peft", device="cpu", iterations=2, seed=0)
+    ours = Solo(MODEL, torch.device("cpu")).run([bound], warm_up=0)
+    assert {t: x[0] for t, x in body["losses"].items()} == pytest.approx(
+        {t: x[0] for t, x in ours.losses.items()}, 1e-4
+    )
+    assert body["billed_tokens_per_s"] == pytest.approx(3 * (32 + 16) * 1e9 / body["iteration_ns"])
+    assert "one task at a time" in baseline.text(body)
+    with pytest.raises(UnknownKeyError, match="hf-peft"):
+        baseline.run(tmp_path / "plan.json", "x", device="cpu", iterations=1, seed=0)

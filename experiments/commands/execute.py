@@ -21,6 +21,7 @@ from muxtune.executor.messages import Unload
 from muxtune.executor.reports import StepReport
 from muxtune.executor.session import Session
 from muxtune.executor.torchrun import leads, torchrun_rank
+from muxtune.experiments.commands import baseline
 from muxtune.experiments.commands.feed import read_feed
 from muxtune.experiments.commands.inputs import Progress, output_file, output_folder, read_plan, silent
 from muxtune.experiments.commands.metrics import Metrics, Say, quiet
@@ -288,6 +289,7 @@ def show(body: dict[str, Any]) -> str:
         table(["task", "steps", "first loss", "last loss", "skipped steps"], rows),
         *(_memory_text(x) for x in body["memory"]),
         *(_replan_text(x) for x in body["replans"]),
+        *([baseline.text(body["baseline"])] if "baseline" in body else []),
         f"plan {body['plan_digest']}",
     )
 
