@@ -51,7 +51,8 @@ def suite_study(suite: str, rounds: int, seed: int) -> StudyConfig:
         raise UnknownKeyError("suite", suite, SUITES)
     if suite == "gpu":
         raise NoAnswerError(
-            "suite gpu: the profiler measures CPUs only so far; profiles/README.md lists what is pending"
+            "suite gpu: pending, no GPU has been measured yet: run `python -m muxtune.experiments.gpu_suite --out DIR` on one "
+            "(profiles/README.md)"
         )
     demo = demo_study(rounds, seed)
     model = demo.workloads[0].model
