@@ -355,7 +355,7 @@ def test_recomputation_takes_less_memory_and_more_time(folder, capsys):
 
 def test_list_shows_every_kind(capsys):
     body = run_json(capsys, "list")
-    kinds = "policies objectives models devices datasets traces cost-models peft profiles"
+    kinds = "policies cluster-policies objectives models devices datasets traces cost-models peft profiles"
     assert list(body) == kinds.split()
     assert {"hf-peft", "muxtune"} <= {r["name"] for r in body["policies"]}
     assert run_json(capsys, "list", "peft") == {"peft": body["peft"]}
