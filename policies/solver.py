@@ -52,14 +52,20 @@ class Answer:
 
 @cache
 def usual_backend() -> Backend:
-    """HiGHS if it solves a first model here, otherwise CBC. HiGHS prints its name when it starts: to standard error."""
-    problem, _ = _model([1], [(1,)], (1,), Levels(), integer=False)
+    """HiGHS if it solves a first model here, otherwise CBC."""
     try:
-        with _standard_output_to_error():
-            problem.solve(_solver("highs", {}))
+        _start_highs()
     except Exception:
         return "cbc"
     return "highs"
+
+
+@cache
+def _start_highs() -> None:
+    """HiGHS prints its name when it first runs in a process, whatever it is told: to nowhere."""
+    problem, _ = _model([1], [(1,)], (1,), Levels(), integer=False)
+    with _no_standard_output():
+        problem.solve(_highs({}))
 
 
 @noun
@@ -163,14 +169,9 @@ def _most(pattern: Pattern, counts: Pattern) -> int:
 
 def _solver(backend: Backend, limits: dict[str, Any]) -> Any:
     """A solver of one thread and fixed seed. Objectives are integers, so that an absolute gap below 1 proves an optimum."""
-    nodes, seconds = limits.get("nodes"), limits.get("seconds")
     if backend == "highs":
-        # Restarts of the root cost a third of the time here and close no program sooner.
-        options: dict[str, Any] = {"random_seed": SEED, "parallel": "off", "mip_allow_restart": False}
-        options["mip_feasibility_tolerance"] = 1e-9
-        if nodes is not None:
-            options["mip_max_nodes"] = nodes
-        return pulp.HiGHS(msg=False, threads=1, gapRel=0, gapAbs=0.5, timeLimit=seconds, **options)
+        _start_highs()
+        return _highs(limits)
     # PuLP up to 3 brings a CBC of its own; later ones find the system's.
     path = getattr(getattr(pulp, "PULP_CBC_CMD", None), "pulp_cbc_path", None)
     return pulp.COIN_CMD(
@@ -179,10 +180,19 @@ def _solver(backend: Backend, limits: dict[str, Any]) -> Any:
         threads=1,
         gapRel=0,
         gapAbs=0.5,
-        timeLimit=seconds,
-        maxNodes=nodes,
+        timeLimit=limits.get("seconds"),
+        maxNodes=limits.get("nodes"),
         options=[f"randomSeed {SEED}"],
     )
+
+
+def _highs(limits: dict[str, Any]) -> Any:
+    # Restarts of the root cost a third of the time here and close no program sooner.
+    options: dict[str, Any] = {"random_seed": SEED, "parallel": "off", "mip_allow_restart": False}
+    options["mip_feasibility_tolerance"] = 1e-9
+    if limits.get("nodes") is not None:
+        options["mip_max_nodes"] = limits["nodes"]
+    return pulp.HiGHS(msg=False, threads=1, gapRel=0, gapAbs=0.5, timeLimit=limits.get("seconds"), **options)
 
 
 def _run(problem: Any, solver: Any) -> None:
@@ -201,13 +211,14 @@ def _told(problem: Any) -> tuple[int | None, int]:
 
 
 @contextmanager
-def _standard_output_to_error() -> Iterator[None]:
-    """What C code writes on file descriptor 1 goes to 2."""
+def _no_standard_output() -> Iterator[None]:
+    """What C code writes on file descriptor 1 is dropped."""
     sys.stdout.flush()
-    kept = os.dup(1)
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(2, 1)
+        os.dup2(nowhere, 1)
         yield
     finally:
         os.dup2(kept, 1)
         os.close(kept)
+        os.close(nowhere)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise, product
@@ -347,3 +349,13 @@ def test_count_vectors_equal_listing_every_partition(data: st.DataObject, levels
     if found is not None:
         assert found[0] == best == value(found[1])
         assert tuple(map(sum, zip(*(c.pattern for c in found[1]), strict=True))) == counts
+
+
+def test_a_solver_writes_nothing_on_standard_output() -> None:
+    code = (
+        "from muxtune.policies.solver import linear_partition, usual_backend\n"
+        "print(linear_partition([3], [(1,)], (1,), 'highs').prices, usual_backend())"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split("\n") == ["(3,) highs", ""]
+    assert found.stderr == ""
