@@ -216,7 +216,8 @@ def _kinds(cost: CostModel, site: Site, batch: Batch, way: Way, share: tuple[Op,
     """Each subgraph; those of the same operators (equal layers share theirs) are priced once."""
     found: dict[tuple[int, ...], _Kind] = {}
     groups = priced_groups(cost, site.context, batch, way, site.isolated)
-    places = [tuple(map(id, ops)) for ops in groups]
+    known = {at: tuple(map(id, ops)) for at, ops in {id(g): g for g in groups}.items()}
+    places = [known[id(ops)] for ops in groups]
     for place, ops in zip(places, groups, strict=True):
         if place not in found:
             found[place] = _priced_kind(cost, site, way, share, fuse, ops)

@@ -74,6 +74,7 @@ class Subgraph:
         return label if self.collective is None else f"{label} {self.collective}"
 
 
+@lru_cache(maxsize=1024)
 def stage_pieces(layout: Layout, stage: int) -> tuple[Piece, ...]:
     """The pieces of a stage in forward order."""
     pieces: list[Piece] = [Piece(name="embed")] if layout.is_first(stage) else []
@@ -83,6 +84,7 @@ def stage_pieces(layout: Layout, stage: int) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
+@lru_cache(maxsize=1024)
 def pieces_of(layout: Layout, stage: int, way: Way) -> tuple[Piece, ...]:
     """The pieces of a stage in the order in which a direction runs them; the embedding has no backward.
 
@@ -299,6 +301,7 @@ def _both_ways(
     return tuple(forward), tuple(reversed(backward)), live
 
 
+@lru_cache(maxsize=1 << 14)
 def _turn(op: Op, direction: Direction) -> Op:
     """The backward (or weights-only) counterpart of a forward operator."""
     dtype = op.dtype
@@ -327,11 +330,17 @@ def subgraph_ops(context: StageContext, batch: Batch, direction: Way) -> tuple[t
     """
     by_piece = {piece: (fwd, bwd) for piece, fwd, bwd in stage_ops(context, batch)}
     found: list[tuple[Op, ...]] = []
+    # Subgraphs of the same pieces' operators are one object.
+    joined: dict[tuple[int, ...], tuple[Op, ...]] = {}
     size_bytes = batch.tokens * context.model.hidden * context.model.element_bytes
     follower = dict(pairwise(p for p in pieces_of(context.layout, context.stage, direction) if not p.again))
     for subgraph in stage_subgraphs(context.layout, context.stage, direction):
         if subgraph.collective is None:
-            found.append(tuple(op for p in subgraph.pieces for op in _ops_of(by_piece, p, direction)))
+            parts = [_ops_of(by_piece, p, direction) for p in subgraph.pieces]
+            place = tuple(map(id, parts))
+            if place not in joined:
+                joined[place] = tuple(op for part in parts for op in part)
+            found.append(joined[place])
             continue
         piece = subgraph.pieces[0]
         if direction == "forward" or piece.again:

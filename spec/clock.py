@@ -107,6 +107,10 @@ def group_node(nodes: Sequence[Node]) -> Node:
 def clock_ns(chains: Sequence[Chain], order: Sequence[tuple[int, int]]) -> int:
     """Time of a clock: compute and collectives on a FIFO stream each, a chain's next node after its last collective."""
     clock = _Clock(len(chains))
+    if not any(node.adapters for chain in chains for node in chain):
+        for c, depth in order:
+            clock.run_one(c, chains[c][depth])
+        return max(clock.ready_ns)
     places = enumerate(order)
     for _, run in groupby(places, key=lambda x: (-1, x[1][1]) if chains[x[1][0]][x[1][1]].adapters else x):
         group = [place for _, place in run]
@@ -126,16 +130,26 @@ class _Clock:
         self.collectives: list[tuple[int, int]] = []
 
     def run(self, chains: Sequence[int], node: Node) -> None:
-        """Launch the next node of a chain, or of several as one."""
-        start_ns = max(self.compute_free_ns, *(self.ready_ns[c] for c in chains))
-        end_ns = slowed_end_ns(start_ns, node.compute_ns, node.shared_ns, self.collectives)
+        """Launch the next node of several chains as one."""
+        first, *others = sorted(chains, key=lambda c: -self.ready_ns[c])
+        self.run_one(first, node)
+        for c in others:
+            self.ready_ns[c] = self.ready_ns[first]
+
+    def run_one(self, chain: int, node: Node) -> None:
+        """Launch the next node of a chain."""
+        start_ns = max(self.compute_free_ns, self.ready_ns[chain])
+        busy_ns = self.collectives[-1][1] if self.collectives else 0
+        if start_ns >= busy_ns:
+            end_ns = start_ns + node.compute_ns
+        else:
+            end_ns = slowed_end_ns(start_ns, node.compute_ns, node.shared_ns, self.collectives)
         ready_ns = self.compute_free_ns = end_ns
         if node.collective:
-            begin_ns = max(end_ns, self.collectives[-1][1] if self.collectives else 0)
+            begin_ns = max(end_ns, busy_ns)
             ready_ns = begin_ns + node.comm_ns
             self.collectives.append((begin_ns, ready_ns))
-        for c in chains:
-            self.ready_ns[c] = ready_ns
+        self.ready_ns[chain] = ready_ns
 
 
 def slowed_end_ns(start_ns: int, alone_ns: int, shared_ns: int, collectives: Intervals) -> int:

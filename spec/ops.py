@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from muxtune.spec.noun import noun
 from muxtune.spec.peft import Direction as Direction
 from muxtune.spec.peft import peft_kinds
@@ -104,6 +106,7 @@ def linear(
     )
 
 
+@lru_cache(maxsize=1 << 14)
 def adapter(kind: str, tokens: int, shape: tuple[int, ...], direction: Direction, dtype: str, element_bytes: int) -> Op:
     """A PEFT method's operator on one BaseOp; `shape` is named by the SHAPE of its noun, which counts the work."""
     peft = peft_kinds()[kind]
