@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
+from muxtune.policies.microbatch import UnitCost
 from muxtune.policies.stage_latency import DIRECTIONS, Direction
 from muxtune.policies.surrogate import Surrogate
 from muxtune.spec.clock import clock_ns, launch_order
@@ -32,6 +33,23 @@ def launch_lists(
 def _launch(htask: int, subgraph: int, stream: str) -> Launch:
     """The same launches occur in every list: one object each."""
     return Launch(htask=htask, subgraph=subgraph, stream=stream)  # type: ignore[arg-type]
+
+
+def unit_cost(surrogate: Surrogate, groups: Sequence[tuple[str, ...]], index: int, chunk: int = 0) -> UnitCost:
+    """(A chunk of) micro-batch `index` of some hTasks, all with samples in it; units of equal micro-batches are priced once."""
+    costs = [x for x in (surrogate.microbatch(tasks, index, chunk) for tasks in groups) if x is not None]
+    # The surrogate keeps micro-batches as long as it lives, so that an identity stands for one.
+    key = (surrogate.isolates(groups), *map(id, costs), *(id(surrogate.microbatch(tasks)) for tasks in groups))
+    if key not in surrogate.units:
+        stages = range(surrogate.stages)
+        clocks_ns = [[unit_ns(surrogate, groups, index, s, way, chunk) for s in stages] for way in DIRECTIONS]
+        surrogate.units[key] = UnitCost(
+            held_bytes=tuple(sum(x.held_bytes[s] for x in costs) for s in stages),
+            transient_bytes=tuple(surrogate.transient_bytes(costs, s) for s in stages),
+            forward_ns=tuple(clocks_ns[0]),
+            backward_ns=tuple(clocks_ns[1]),
+        )
+    return surrogate.units[key]
 
 
 def unit_ns(

@@ -18,6 +18,7 @@ from muxtune.sim.cost.base import (
     batch_ops,
     comm_load,
     grouped,
+    memory_of,
     priced_groups,
     prices,
     stream_ns,
@@ -39,6 +40,8 @@ DIRECTIONS: tuple[Direction, Direction] = ("forward", "backward")
 #: (rows, KV length, query length) of attention calls.
 Runs = tuple[tuple[int, int, int], ...]
 TargetCosts = tuple[tuple[str, Cost], ...]
+#: Values that are kept of a place between plans, and chains, which are longer.
+KEPT, KEPT_CHAINS = 1 << 15, 1 << 11
 
 
 @noun
@@ -131,11 +134,15 @@ class StageLatency:
         two_stages: Layout = replace(layout, pp=2, layers_per_stage=(1, 1))
         self.edge, self.inner = (replace(contexts[0], layout=two_stages, stage=s) for s in (0, 1))
         self.first_target = {t.task_id: min(map(t.peft.place, t.peft.targets)) for t in workload.tasks}
-        self.op_ns: dict[Op, int] = {}
-        self.sums: dict[tuple[tuple[Op, ...], tuple[Op, ...]], int] = {}
-        self.frozen: dict[tuple[int, Runs, int, Direction], tuple[int, ...]] = {}
-        self.adapter: dict[tuple[PeftSpec, int, Direction], tuple[TargetCosts, TargetCosts]] = {}
-        self.chains: dict[tuple[object, ...], Chain] = {}
+        # Equal places share what they know, whichever tasks are planned there.
+        place, memory = (workload.model, layout, self.device, self.link), memory_of(cost)
+        self.op_ns: dict[Op, int] = memory.table(KEPT, "operators", *place)
+        self.sums: dict[tuple[tuple[Op, ...], tuple[Op, ...]], int] = memory.table(KEPT, "sums", *place)
+        self.frozen: dict[tuple[int, Runs, int, Direction], tuple[int, ...]] = memory.table(KEPT, "frozen", *place)
+        self.adapter: dict[tuple[PeftSpec, int, Direction], tuple[TargetCosts, TargetCosts]] = memory.table(
+            KEPT, "adapters", *place
+        )
+        self.chains: dict[tuple[object, ...], Chain] = memory.table(KEPT_CHAINS, "chains", *place)
         self.pefts = {t.task_id: self.inner.peft(t.task_id) for t in workload.tasks}
 
     def latency_ns(self, shape: Shape, direction: Direction) -> tuple[int, ...]:
@@ -166,28 +173,37 @@ class StageLatency:
         parts = tuple((self.pefts[task], rows, length) for task, rows, length in shape.parts)
         depth = self.layout.layers_per_stage[stage]
         kind = stage_kind(self.contexts[stage])
-        key = (kind, depth, shape if shape.rows else parts, direction, isolated)
+        key = (kind, depth, parts, shape if shape.rows else None, direction, isolated)
         if key not in self.chains:
             self.chains[key] = self._chain(stage, shape, direction, isolated)
         return self.chains[key]
 
     def _chain(self, stage: int, shape: Shape, direction: Direction, isolated: bool) -> Chain:
         nodes: list[Node] = []
-        known: dict[tuple[int, ...], tuple[int, int]] = {}
         groups = priced_groups(self.cost, self.contexts[stage], shape.row_batch(), direction, isolated)
+        # Equal layers share their operators: no need to compare them one by one.
+        places = {at: tuple(map(id, group)) for at, group in {id(g): g for g in groups}.items()}
+        known: dict[tuple[int, ...], tuple[int, int]] = {}
+        plain: dict[tuple[tuple[int, ...], bool], Node] = {}
+        ended: dict[tuple[int, int], Node] = {}
         subgraphs = launched_subgraphs(self.layout, stage, direction, isolated)
         for subgraph, group in zip(subgraphs, groups, strict=True):
-            # Equal layers share their operators: no need to compare them one by one.
-            place = tuple(map(id, group))
+            place = places[id(group)]
             if place not in known:
                 ops, collective = (host("launch", direction), *group), subgraph.kind == "collective"
                 known[place] = self._sum_ns(ops), 0 if collective else self._sum_ns(ops, self.load)
             alone_ns, shared_ns = known[place]
             if subgraph.kind == "collective":
-                nodes[-1] = replace(nodes[-1], collective=True, comm_ns=alone_ns)
-            else:
+                end = (id(nodes[-1]), alone_ns)
+                if end not in ended:
+                    ended[end] = replace(nodes[-1], collective=True, comm_ns=alone_ns)
+                nodes[-1] = ended[end]
+                continue
+            adapts = bool(subgraph.adapters)
+            if (place, adapts) not in plain:
                 node = Node(compute_ns=alone_ns, shared_ns=shared_ns)
-                nodes.append(self._adapters_node(node, group) if subgraph.adapters else node)
+                plain[place, adapts] = self._adapters_node(node, group) if adapts else node
+            nodes.append(plain[place, adapts])
         return tuple(nodes)
 
     def _adapters_node(self, node: Node, ops: Sequence[Op]) -> Node:

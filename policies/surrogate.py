@@ -13,42 +13,20 @@ from typing import Protocol
 
 from muxtune.policies.base import SystemState
 from muxtune.policies.build import make_htask, mean_length, microbatch_samples, planning_chunks, stage_contexts
-from muxtune.policies.stage_latency import Direction, Shape, StageLatency, only, stage_kind
-from muxtune.sim.cost.base import CostModel
+from muxtune.policies.microbatch import MicrobatchCost, UnitCost
+from muxtune.policies.stage_latency import KEPT, Direction, Shape, StageLatency, only, stage_kind
+from muxtune.sim.cost.base import CostModel, memory_of
 from muxtune.spec.align import Alignment
 from muxtune.spec.clock import LaunchRule
 from muxtune.spec.errors import ExtrapolationError, InfeasibleError
 from muxtune.spec.footprint import amount, rounded_bytes
 from muxtune.spec.memory import stage_static_bytes
-from muxtune.spec.noun import noun
 from muxtune.spec.plan import AdapterFusion
 from muxtune.spec.task import Task
 from muxtune.spec.tensors import again_tensors, chunk_kv_tensors, held_tensors, working_bytes
 from muxtune.spec.units import format_bytes
 
 Partition = tuple[tuple[str, ...], ...]
-
-
-@noun
-class MicrobatchCost:
-    """One micro-batch of an hTask, or one chunk of it, on each stage.
-
-    `held_bytes` stay from its forward to its backward (a received activation included), `again_bytes` are a layer that its
-    backward has made again, `working_bytes` the transient beside them, all as the allocator rounds them; `message_bytes` is
-    what it sends to a neighbouring stage.
-    """
-
-    forward_ns: tuple[int, ...]
-    backward_ns: tuple[int, ...]
-    held_bytes: tuple[int, ...]
-    again_bytes: tuple[int, ...]
-    working_bytes: tuple[int, ...]
-    message_bytes: int
-
-    @property
-    def pair_ns(self) -> tuple[int, ...]:
-        """2·L^s: forward and backward on each stage."""
-        return tuple(f + b for f, b in zip(self.forward_ns, self.backward_ns, strict=True))
 
 
 class Objective(Protocol):
@@ -102,12 +80,17 @@ class Surrogate:
         self.contexts = stage_contexts(state.workload, state.layout)
         self.device = state.cluster.device
         self.latency = StageLatency(cost, state.cluster, state.workload, self.contexts)
+        self.shared: dict[tuple[object, ...], MicrobatchCost] = memory_of(cost).table(
+            KEPT, "microbatches", state.workload.model, state.layout, self.device, self.latency.link
+        )
         self.tasks = {t.task_id: t for t in state.workload.tasks}
         self.mean_tokens = {t: mean_length(state.workload, t) for t in self.tasks} if alignment == "varlen" else {}
         everyone = tuple(self.tasks)
         self.static_bytes = tuple(stage_static_bytes(c, everyone, self.device) for c in self.contexts)
         self.microbatches: dict[tuple[tuple[str, ...], int, int], MicrobatchCost] = {}
         self.asked: dict[tuple[tuple[str, ...], int, int], MicrobatchCost | None] = {}
+        #: Units by the (identities of) prices of their hTasks' micro-batches, here and of the largest ones.
+        self.units: dict[tuple[int, ...], UnitCost] = {}
         self.admitted: dict[tuple[str, ...], bool] = {}
         self.cut: dict[tuple[tuple[str, ...], int], tuple[Shape, ...]] = {}
 
@@ -178,8 +161,17 @@ class Surrogate:
         key = (tasks, max((at for at in falls if at <= index), default=0), chunk)
         if key not in self.microbatches:
             longest = self.shape(tasks, index, longest_case=True, chunk=chunk)
-            self.microbatches[key] = self._price(shape, longest, cut=self.chunks(tasks, index) > 1)
+            self.microbatches[key] = self._shared(shape, longest, cut=self.chunks(tasks, index) > 1)
         return self.microbatches[key]
+
+    def _shared(self, shape: Shape, longest_case: Shape, cut: bool) -> MicrobatchCost:
+        """Micro-batches of equal adapters and lengths are priced once for all plans, whatever their tasks are called."""
+        pefts = self.latency.pefts
+        rows, longest = (tuple((pefts[t], n, each) for t, n, each in x.parts) for x in (shape, longest_case))
+        key = (rows, shape.runs() if shape.rows else (), longest if longest != rows else (), cut)
+        if key not in self.shared:
+            self.shared[key] = self._price(shape, longest_case, cut)
+        return self.shared[key]
 
     def _price(self, shape: Shape, longest_case: Shape, cut: bool) -> MicrobatchCost:
         batch, model, device = longest_case.token_batch(), self.state.workload.model, self.device

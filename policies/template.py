@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from muxtune.policies.balance import Buckets, balance, balance_gap
-from muxtune.policies.launches import unit_ns
-from muxtune.policies.stage_latency import DIRECTIONS
+from muxtune.policies.launches import unit_cost
 from muxtune.policies.surrogate import Partition, Surrogate
 from muxtune.spec.noun import noun
 from muxtune.spec.order import ChunkKey, Template, eager
@@ -60,21 +59,11 @@ def priced_units(surrogate: Surrogate, groups: Partition, buckets: Buckets) -> U
     held: dict[tuple[int, ChunkKey], int] = {}
     transient: dict[tuple[int, ChunkKey], int] = {}
     latency: dict[tuple[int, ChunkKey, str], int] = {}
-    like: dict[tuple[int, ...], ChunkKey] = {}
     for key, members in units.items():
-        costs = [x for x in (surrogate.microbatch(tasks, *key[1:]) for tasks in members) if x is not None]
-        # Micro-batches of equal samples are one object.
-        same = like.setdefault((key[0], *map(id, costs)), key)
+        found = unit_cost(surrogate, members, key[1], key[2])
         for s in range(surrogate.stages):
-            if same != key:
-                held[s, key], transient[s, key] = held[s, same], transient[s, same]
-                for direction in DIRECTIONS:
-                    latency[s, key, direction] = latency[s, same, direction]
-                continue
-            held[s, key] = sum(x.held_bytes[s] for x in costs)
-            transient[s, key] = surrogate.transient_bytes(costs, s)
-            for direction in DIRECTIONS:
-                latency[s, key, direction] = unit_ns(surrogate, members, key[1], s, direction, key[2])
+            held[s, key], transient[s, key] = found.held_bytes[s], found.transient_bytes[s]
+            latency[s, key, "forward"], latency[s, key, "backward"] = found.forward_ns[s], found.backward_ns[s]
     free = [surrogate.memory_bytes - static for static in surrogate.static_bytes]
     for (b, c), count in Counter(key[:2] for key in units).items():
         whole = [(b, c, j) for j in range(count)]

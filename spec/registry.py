@@ -17,7 +17,7 @@ from muxtune.spec.errors import DuplicateKeyError, InputError, UnknownKeyError
 #: Modules of a plug-in folder that carry shared code; a plug-in never has one of these names.
 HELPERS = frozenset(
     {
-        *("__init__", "base", "build", "fusion", "launches", "stage_latency", "surrogate", "template"),
+        *("__init__", "base", "build", "fusion", "launches", "microbatch", "stage_latency", "surrogate", "template"),
         *("alone", "candidates", "choices", "moves", "packing"),
         *("arrange", "balance", "columns", "diving", "floors", "knapsack", "master", "solver", "thresholds"),
         *("flow", "flow_model", "vectors"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from muxtune.sim.cost._memory import Memory
 from muxtune.sim.cost.base import Cost, CostModel
 from muxtune.sim.cost.roofline import BANDWIDTH_FRACTION, COMPUTE_FRACTION
 from muxtune.spec.cluster import DeviceSpec, Link
@@ -15,7 +16,7 @@ class AtFrequency:
     """What-if: another model's figures at a frequency step. Host work, messages and measured remainders keep their times."""
 
     def __init__(self, cost: CostModel, step: FrequencyStep) -> None:
-        self.cost, self.step = cost, step
+        self.cost, self.step, self.memory = cost, step, Memory()
 
     @property
     def model_id(self) -> str:

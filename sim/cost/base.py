@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from muxtune.sim.cost._memory import Memory
 from muxtune.spec.align import Batch
 from muxtune.spec.catalogue import StageContext, Way, stage_ops, stage_subgraphs, subgraph_ops
 from muxtune.spec.cluster import DeviceSpec, Link
@@ -233,6 +235,12 @@ def stage_latency_ns(
     return sum(stream_ns(price, device) for _, price in priced)
 
 
+def memory_of(cost: CostModel) -> Memory:
+    """What is remembered of a cost model's figures; nothing where it has no `memory`."""
+    found = getattr(cost, "memory", None)
+    return found if isinstance(found, Memory) else Memory()
+
+
 def cost_models() -> dict[str, type[Any]]:
     """Every cost model by key."""
     return plugins("cost", Path(__file__).parent, "muxtune.sim.cost", CostBase)
@@ -247,6 +255,11 @@ class CostBase:
     """Marks the class of a cost-model file that the registry picks up; `Config` has the options of `NAME:key=value,…`."""
 
     Config: type[Any] = NoConfig
+
+    @cached_property
+    def memory(self) -> Memory:
+        """What planners derived from this model's figures, which must not change while it lives."""
+        return Memory()
 
 
 class WrapBase(CostBase):

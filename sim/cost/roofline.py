@@ -26,6 +26,8 @@ COLLECTIVE_PASSES = 2
 COLLECTIVE_BANDWIDTH = 0.5
 #: Assumption: a data sheet says this little about one operator of unknown shape.
 RELATIVE_ERROR = 0.5
+#: Prices that are remembered.
+KEPT = 1 << 16
 #: Host work and measured remainders: a data sheet has no figure for them.
 UNPRICED = frozenset({"launch", "instruction", *OVERHEADS, "send", "recv"})
 
@@ -51,9 +53,17 @@ class Roofline(CostBase):
         self.config = config or RooflineConfig()
         chosen = self.config.all_reduce
         self.model_id = "roofline" if chosen == "cheapest" else f"roofline:all_reduce={chosen}"
+        self._known = self.memory.table(KEPT, "latency")
 
     def latency(self, op: Op, device: DeviceSpec, share: tuple[Op, ...] = ()) -> Cost:
         """Device time, host time to issue the operator's kernels, and energy above idle."""
+        key = (op, device, share)
+        found: Cost | None = self._known.get(key)
+        if found is None:
+            found = self._known[key] = self._price(op, device, share)
+        return found
+
+    def _price(self, op: Op, device: DeviceSpec, share: tuple[Op, ...]) -> Cost:
         if op.family in UNPRICED:
             return Cost(p50_ns=0, relative_error=RELATIVE_ERROR)
         if op.family in LINKED:
