@@ -147,12 +147,15 @@ def _descend(
         return
     yield None
     unit, values, table = floor.rows[i - 1], reduced.values[i - 1], reduced.tables[i - 1]
-    for n in range(min(floor.counts[i - 1], row // unit) + 1):
-        cost, first = cost_ns - n * values, first_ns + n * int(floor.first_adapters_ns[i - 1])
-        warmup_ns = int(floor.first_ns[rows]) + max(first, floor.first_least_ns)
-        if worth.admits(int((cost - table[:, row - n * unit]).max()), warmup_ns):
+    adapters_ns, least_first_ns = int(floor.first_adapters_ns[i - 1]), int(floor.first_ns[rows])
+    most = min(floor.counts[i - 1], row // unit)
+    costs = cost_ns - np.arange(most + 1)[:, None] * values
+    rest = table[:, row - most * unit : row + 1 : unit].T[::-1]
+    for n, least_ns in enumerate((costs - rest).max(axis=1).tolist()):
+        first = first_ns + n * adapters_ns
+        if worth.admits(least_ns, least_first_ns + max(first, floor.first_least_ns)):
             pattern[floor.types[i - 1]] = n
-            yield from _descend(reduced, worth, pattern, i - 1, row - n * unit, rows, cost, first)
+            yield from _descend(reduced, worth, pattern, i - 1, row - n * unit, rows, costs[n], first)
     pattern[floor.types[i - 1]] = 0
 
 

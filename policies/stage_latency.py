@@ -17,7 +17,6 @@ from muxtune.sim.cost.base import (
     adapter_cost,
     batch_ops,
     comm_load,
-    grouped,
     memory_of,
     priced_groups,
     prices,
@@ -27,7 +26,7 @@ from muxtune.spec import ops
 from muxtune.spec.align import Batch, Row
 from muxtune.spec.catalogue import StageContext
 from muxtune.spec.clock import Chain, Node
-from muxtune.spec.cluster import Cluster, Link, slowest
+from muxtune.spec.cluster import Cluster, DeviceSpec, Link, slowest
 from muxtune.spec.isolated import launched_subgraphs
 from muxtune.spec.layout import Layout
 from muxtune.spec.noun import noun
@@ -40,6 +39,8 @@ DIRECTIONS: tuple[Direction, Direction] = ("forward", "backward")
 #: (rows, KV length, query length) of attention calls.
 Runs = tuple[tuple[int, int, int], ...]
 TargetCosts = tuple[tuple[str, Cost], ...]
+#: For each BaseOp of an adapter: u_a·t_a, its time alone, and its host time where that counts as compute.
+Terms = tuple[tuple[str, int, int, int], ...]
 #: Values that are kept of a place between plans, and chains, which are longer.
 KEPT, KEPT_CHAINS = 1 << 15, 1 << 11
 
@@ -120,6 +121,21 @@ def only(context: StageContext, tasks: Sequence[str]) -> StageContext:
     return replace(context, adapters=tuple((t, known[t]) for t in tasks))
 
 
+def _terms_of(costs: TargetCosts, device: DeviceSpec) -> Terms:
+    return tuple(
+        (name, round(c.utilisation * c.p50_ns), c.p50_ns, stream_ns(c, device) - c.p50_ns) for name, c in costs
+    )
+
+
+def _add_terms(found: dict[str, list[int]], terms: Terms, times: int) -> None:
+    """Add so many equal adapters to the groups of their BaseOps: sums of u_a·t_a, the largest times alone and of the host."""
+    for name, adds_ns, alone_ns, host_ns in terms:
+        row = found.setdefault(name, [0, 0, 0])
+        row[0] += times * adds_ns
+        row[1] = max(row[1], alone_ns)
+        row[2] = max(row[2], host_ns)
+
+
 class StageLatency:
     """Prices micro-batches on every stage of a layout; every partial sum is remembered."""
 
@@ -143,26 +159,47 @@ class StageLatency:
             KEPT, "adapters", *place
         )
         self.chains: dict[tuple[object, ...], Chain] = memory.table(KEPT_CHAINS, "chains", *place)
-        self.pefts = {t.task_id: self.inner.peft(t.task_id) for t in workload.tasks}
+        self.pefts = {t.task_id: t.peft for t in workload.tasks}
+        leads: dict[PeftSpec, str] = {}
+        self.equal = {t.task_id: leads.setdefault(t.peft, t.task_id) for t in workload.tasks}
+        self.terms: dict[tuple[str, int, Direction], tuple[Terms, Terms]] = {}
 
     def latency_ns(self, shape: Shape, direction: Direction) -> tuple[int, ...]:
         """Time of a micro-batch on each stage, nothing beside it; a CPU's host time counts as compute."""
         lead = min((task for task, _, _ in shape.parts), key=lambda task: self.first_target[task])
         stages = list(self._frozen_ns(lead, shape.tokens, shape.runs(), direction))
-        first_layer: dict[str, list[Cost]] = {}
-        layer: dict[str, list[Cost]] = {}
-        for task, rows, length in shape.parts:
-            edge, inner = self._adapter_costs(task, rows * length, direction)
+        first_layer: dict[str, list[int]] = {}
+        layer: dict[str, list[int]] = {}
+        for (task, tokens), times in self._alike(shape).items():
+            edge, inner = self._terms(task, tokens, direction)
             # Above the first adapted BaseOp of stage 0 no gradient flows: its adapters have weight gradients only.
             foremost = edge if self.first_target[task] == self.first_target[lead] else inner
-            for found, costs in ((first_layer, foremost), (layer, inner)):
-                for target, cost in costs:
-                    found.setdefault(target, []).append(cost)
-        first_ns, layer_ns = (sum(stream_ns(grouped(c), self.device) for c in x.values()) for x in (first_layer, layer))
+            _add_terms(first_layer, foremost, times)
+            _add_terms(layer, inner, times)
+        first_ns, layer_ns = (
+            sum(max(adds_ns, alone_ns) + host_ns for adds_ns, alone_ns, host_ns in x.values())
+            for x in (first_layer, layer)
+        )
         for stage, layers in enumerate(self.layout.layers_per_stage):
             stages[stage] += layers * layer_ns
         stages[0] += first_ns - layer_ns
         return tuple(stages)
+
+    def _alike(self, shape: Shape) -> dict[tuple[str, int], int]:
+        """How often each (task, tokens) occurs; the first task of equal adapters stands for all."""
+        found: dict[tuple[str, int], int] = {}
+        for task, rows, length in shape.parts:
+            place = self.equal[task], rows * length
+            found[place] = found.get(place, 0) + 1
+        return found
+
+    def _terms(self, task: str, tokens: int, direction: Direction) -> tuple[Terms, Terms]:
+        """What a task's adapters put into the grouped operator of each BaseOp (see `grouped`)."""
+        key = (task, tokens, direction)
+        if key not in self.terms:
+            edge, inner = self._adapter_costs(task, tokens, direction)
+            self.terms[key] = _terms_of(edge, self.device), _terms_of(inner, self.device)
+        return self.terms[key]
 
     def chain(self, stage: int, shape: Shape, direction: Direction, isolated: bool = False) -> Chain:
         """What a micro-batch launches on a stage, in order: compute subgraphs, each with its collective.

@@ -175,8 +175,9 @@ class Surrogate:
 
     def _price(self, shape: Shape, longest_case: Shape, cut: bool) -> MicrobatchCost:
         batch, model, device = longest_case.token_batch(), self.state.workload.model, self.device
-        # Stages of one kind and depth hold the same.
-        kinds = [(*stage_kind(c), n) for c, n in zip(self.contexts, self.state.layout.layers_per_stage, strict=True)]
+        # Stages of one depth hold the same, but for the last one.
+        layers = self.state.layout.layers_per_stage
+        kinds = [(stage_kind(c)[1], n) for c, n in zip(self.contexts, layers, strict=True)]
         tasks = [t for t, _, _ in longest_case.parts]
         contexts = {kind: only(c, tasks) for kind, c in zip(kinds, self.contexts, strict=True)}
         held = {k: amount(held_tensors(c, batch), device).taken_bytes for k, c in contexts.items()}

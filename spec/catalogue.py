@@ -144,7 +144,10 @@ class StageContext:
 
     def peft(self, task: str) -> PeftSpec:
         """The adapter of a task (KeyError if it has none)."""
-        return dict(self.adapters)[task]
+        for known, peft in self.adapters:
+            if known == task:
+                return peft
+        raise KeyError(task)
 
 
 def piece_ops(context: StageContext, piece: Piece, batch: Batch) -> Iterator[tuple[Op, bool]]:

@@ -6,16 +6,18 @@ Counted as the executor holds them: what autograd saves of each piece, plus the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from muxtune.spec.align import Batch
 from muxtune.spec.catalogue import StageContext, adapter_sizes, shard
 from muxtune.spec.footprint import Tensors, exact_bytes
-from muxtune.spec.peft import COLUMN_PARALLEL, TARGETS
+from muxtune.spec.peft import COLUMN_PARALLEL, TARGETS, PeftSpec
 
 #: Bytes an adapter parameter needs of each kind: itself, its gradient, the two AdamW moments, all fp32.
 ADAPTER_KINDS = {"adapters": 4, "gradients": 4, "optimizer_states": 8}
 ADAPTER_STATE_BYTES = sum(ADAPTER_KINDS.values())
+#: (adapter, tokens) of each task's part of a batch.
+Parts = Sequence[tuple[PeftSpec, int]]
 #: dK and dV of a chunk are added up over the later chunks in fp32.
 DKV_BYTES = 4
 #: The loss is computed in fp32.
@@ -84,9 +86,12 @@ def layer_tensors(context: StageContext, batch: Batch, fused: bool = False) -> T
 
     The executor's modules are not fused: they keep more than the mathematics needs, which `fused` leaves out.
     """
-    model, stream = context.model, context.layout.shard_tokens(batch.tokens)
+    # Rows are counted once: only tokens and each task's part of them matter.
+    tokens, adapters = batch.tokens, dict(context.adapters)
+    parts = [(adapters[task], end - start) for task, start, end in batch.segments()]
+    model, stream = context.model, context.layout.shard_tokens(tokens)
     norms = [stream * model.hidden, stream, stream]  # the second norm's input, and a statistic a token of each
-    elements = [*norms, *_attention_held(context, batch), *_mlp_held(context, batch)]
+    elements = [*norms, *_attention_held(context, tokens, parts), *_mlp_held(context, tokens, parts)]
     elements += [] if fused else _unfused(context, batch)
     layer_input = (stream * model.hidden * model.element_bytes, 1)
     return (layer_input, *_tensors(elements, model.element_bytes))
@@ -121,34 +126,33 @@ def _tensors(elements: Iterable[int], element_bytes: int) -> Tensors:
     return tuple(sorted(counted.items()))
 
 
-def _saved_inputs(context: StageContext, batch: Batch, target: str) -> Iterator[int]:
+def _saved_inputs(context: StageContext, batch_tokens: int, parts: Parts, target: str) -> Iterator[int]:
     """Elements saved for the adapters of one BaseOp: its input once where any needs it, and what each task's keeps beside it."""
-    adapters = dict(context.adapters)
     features = shard(context.model, context.layout.tp, target)
-    found = [(adapters[s], end - start) for s, start, end in batch.segments() if target in adapters[s].targets]
+    found = [(peft, tokens) for peft, tokens in parts if target in peft.targets]
     if any(peft.KEEPS_INPUT for peft, _ in found):
-        yield batch.tokens * features[0]
+        yield batch_tokens * features[0]
     for peft, tokens in found:
         yield peft.kept_on(tokens, features, target in COLUMN_PARALLEL)
 
 
-def _attention_held(context: StageContext, batch: Batch) -> Iterator[int]:
+def _attention_held(context: StageContext, tokens: int, parts: Parts) -> Iterator[int]:
     """q, k, v after rope, the output, its log-sum-exp, and the inputs of adapted linears (elements)."""
     model, tp = context.model, context.layout.tp
     heads, kv = model.heads // tp, max(1, model.kv_heads // tp)
-    yield from (batch.tokens * n * model.head_dim for n in (heads, heads, kv, kv))
-    yield batch.tokens * heads
-    yield from _saved_inputs(context, batch, "qkv")
-    yield from _saved_inputs(context, batch, "proj")
+    yield from (tokens * n * model.head_dim for n in (heads, heads, kv, kv))
+    yield tokens * heads
+    yield from _saved_inputs(context, tokens, parts, "qkv")
+    yield from _saved_inputs(context, tokens, parts, "proj")
 
 
-def _mlp_held(context: StageContext, batch: Batch) -> Iterator[int]:
+def _mlp_held(context: StageContext, tokens: int, parts: Parts) -> Iterator[int]:
     """Input of the activation (gate and up), its inner product, and the inputs of adapted linears (elements)."""
     model, tp = context.model, context.layout.tp
-    yield batch.tokens * (model.fc1_out // tp)
-    yield batch.tokens * (model.ffn_hidden // tp if model.gated else 0)
-    yield from _saved_inputs(context, batch, "fc1")
-    yield from _saved_inputs(context, batch, "fc2")
+    yield tokens * (model.fc1_out // tp)
+    yield tokens * (model.ffn_hidden // tp if model.gated else 0)
+    yield from _saved_inputs(context, tokens, parts, "fc1")
+    yield from _saved_inputs(context, tokens, parts, "fc2")
 
 
 def chunk_kv_tensors(context: StageContext, batch: Batch) -> Tensors:
@@ -174,8 +178,7 @@ def working_bytes(context: StageContext, batch: Batch) -> int:
     if context.layout.is_last(context.stage):
         # The loss's backward has two fp32 gradients of the logits beside the soft-max that was kept.
         widest = max(widest, 2 * SOFTMAX_BYTES * (model.vocab // tp) // model.element_bytes)
-    hung = (
-        (peft, target) for task, _, _ in batch.segments() for peft in (context.peft(task),) for target in peft.targets
-    )
+    pefts = dict.fromkeys(context.peft(task) for task, _, _ in batch.segments())
+    hung = ((peft, target) for peft in pefts for target in peft.targets)
     own = max((peft.transient_on(shard(model, tp, target)) for peft, target in hung), default=0)
     return (batch.tokens * (widest + 2 * model.hidden) + own) * model.element_bytes
