@@ -24,21 +24,23 @@ ROUNDS = 3
 
 def arrival(types: int, cluster: str) -> str:
     """CPU time of a re-plan judged by the template, and what it loses against a new plan of the policy."""
-    cost = Roofline()
-    policy = make_policy("muxtune:charge=exact", cost)
     here = workload(32, types)
-    state = SystemState(
+    before = SystemState(
         workload=replace(here, tasks=here.tasks[:-1]),
         cluster=parse_cluster(cluster),
         layout=even_layout(here.model, pp=4),
         microbatches=8,
     )
-    state = replace(state, workload=here, current=policy.plan(state))
     times = []
     for _ in range(ROUNDS):
+        # A cost model remembers prices: each round's has priced the plan in force, and nothing with the new task.
+        cost = Roofline()
+        policy = make_policy("muxtune:charge=exact", cost)
+        state = replace(before, workload=here, current=policy.plan(before))
         start_s = time.process_time()
         found = replan(policy, state)
         times.append(time.process_time() - start_s)
+    policy = make_policy("muxtune:charge=exact", Roofline())
     start_s = time.process_time()
     anew = policy.plan(replace(state, current=None))
     full_s = time.process_time() - start_s
