@@ -11,7 +11,7 @@ from muxtune.sim.cost.base import Cost, CostModel, CostSum
 from muxtune.sim.ledger import Ledger
 from muxtune.sim.stage import Site, StageCache, StageRun, batch_shape
 from muxtune.spec.catalogue import adapter_sizes, replicated_parameters
-from muxtune.spec.cluster import DeviceSpec
+from muxtune.spec.cluster import DeviceSpec, Link
 from muxtune.spec.errors import PlanError
 from muxtune.spec.memory import stage_context
 from muxtune.spec.noun import noun
@@ -145,6 +145,7 @@ class _Pricing:
         self.sites: dict[tuple[int, int, int], tuple[Site, int]] = {}
         self.site_numbers: dict[tuple[int, Site], int] = {}
         self.known: dict[tuple[object, ...], _Known] = {}
+        self.links: dict[tuple[int, ...], Link] = {}
         self.loads: dict[Load, Load] = {}
         self.shapes = self._shapes()
 
@@ -274,7 +275,10 @@ class _Pricing:
         """An all-reduce over some ranks of an instance; nothing for one rank or no bytes."""
         if len(group) == 1 or not size_bytes:
             return []
-        link = self.plan.cluster.slowest_link([instance.devices[i] for i in group])
+        devices = tuple(instance.devices[i] for i in group)
+        if devices not in self.links:
+            self.links[devices] = self.plan.cluster.slowest_link(devices)
+        link = self.links[devices]
         return [self.cost.link_latency(message("all_reduce", size_bytes, (len(group),)), link)]
 
     def _site(self, rank: int, instance: int, bucket: int = 0) -> tuple[Site, int]:

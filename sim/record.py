@@ -9,7 +9,7 @@ from typing import Any
 from muxtune.sim.at_once import in_time_order, power_of_lists, stretched, work_begins
 from muxtune.sim.priced import PricedProgram, PricedRank, RunTimes
 from muxtune.sim.stage import StageRun, Way
-from muxtune.spec.isolated import launched_subgraphs
+from muxtune.spec.isolated import launched_names
 from muxtune.spec.memory import MemoryWalk
 from muxtune.spec.noun import noun, nouns
 from muxtune.spec.program import Bound, Instruction, RankProgram
@@ -140,7 +140,7 @@ class _Recorder:
         way: Way = "forward" if x.op == "forward" else "backward"
         stage = instance.layout.stage_of(instance.devices.index(rank))
         isolated = bool(inner) and instance.buckets[x.key.bucket].adapter_fusion == "bucket"
-        names = [s.name for s in launched_subgraphs(instance.layout, stage, way, isolated)] if inner else []
+        names = launched_names(instance.layout, stage, way, isolated) if inner else ()
         return _Shape(
             stream=(stream, *(s.stream for s in inner)),
             op=(span_op(x), *(names[s.subgraph] for s in inner)),

@@ -49,9 +49,13 @@ def bind_draw(plan: Plan, draw: Draw, first_step: int = 0) -> Bound:
                 w.key: w for s in range(instance.steps) for w in _unit_works(plan, draw, index, step + s, first_step)
             }
             units += works.values()
+            layout = instance.layout
+            tokens = {key: sum(layout.shard_tokens(b.tokens) for b in w.batches) for key, w in works.items()}
+            orders = [stage_orders(instance, replica) for replica in range(layout.dp)]
             for rank, device in enumerate(instance.devices):
                 mine = lists[device].setdefault(lanes[index], [])
-                mine += _rank_instructions(plan, index, rank, step, works, tags)
+                order = orders[layout.replica_of(rank)][layout.stage_of(rank)]
+                mine += _rank_instructions(plan, index, rank, step, order, tokens, tags)
     program = Program(
         plan_digest=plan.decision_digest(),
         seed=draw.seed,
@@ -129,22 +133,22 @@ class _Tags:
 
 
 def _rank_instructions(
-    plan: Plan, index: int, rank: int, step: int, works: dict[UnitKey, UnitWork], tags: _Tags
+    plan: Plan, index: int, rank: int, step: int, order: StageOrder, tokens: dict[UnitKey, int], tags: _Tags
 ) -> Iterator[Instruction]:
-    """The instructions of one rank for one pass over an instance's order."""
+    """The instructions of one rank for one pass over its stage's order; `tokens` are those of a unit's residual stream."""
     instance = plan.instances[index]
     layout = instance.layout
     stage = layout.stage_of(rank)
     ends = {d: instance.devices[layout.rank_at(rank, stage + d)] for d in (-1, 1) if 0 <= stage + d < layout.pp}
     width_bytes = plan.workload.model.hidden * plan.workload.model.element_bytes
-    for action in stage_orders(instance, layout.replica_of(rank))[stage].actions:
+    for action in order.actions:
         key = UnitKey(
             step=step + action.step, instance=index, bucket=action.bucket, unit=action.unit, chunk=action.chunk
         )
         if action.op == "step":
             yield Instruction(op="step", key=key, task=action.task)
             continue
-        size_bytes = sum(layout.shard_tokens(b.tokens) for b in works[key].batches) * width_bytes
+        size_bytes = tokens[key] * width_bytes
         forward = action.op == "forward"
         payload, source, target = ("activation", -1, 1) if forward else ("gradient", 1, -1)
         for side, op in ((source, "recv"), (0, action.op), (target, "send")):

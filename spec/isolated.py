@@ -31,6 +31,12 @@ def launched_subgraphs(layout: Layout, stage: int, way: Way, isolated: bool) -> 
 
 
 @lru_cache(maxsize=1024)
+def launched_names(layout: Layout, stage: int, way: Way, isolated: bool) -> tuple[str, ...]:
+    """Their names for people."""
+    return tuple(s.name for s in launched_subgraphs(layout, stage, way, isolated))
+
+
+@lru_cache(maxsize=1024)
 def isolated_subgraphs(layout: Layout, stage: int, way: Way) -> tuple[Subgraph, ...]:
     """`stage_subgraphs` with the adapters of each BaseOp apart, in serial order."""
     found: list[Subgraph] = []
