@@ -346,12 +346,42 @@ def export(
 @app.command(epilog=example("validate --suite cpu --out out/validate"))
 def validate(
     suite: Annotated[str, typer.Option("--suite", metavar="NAME", help="cpu or gpu.")] = "cpu",
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Execute a trace of jobs that come and go; compare completion times.")
+    ] = False,
+    trace: Annotated[
+        str, typer.Option("--trace", metavar="FILE", help="With --replay: a trace.  [default: Poisson arrivals]")
+    ] = "",
+    jobs: Annotated[int, typer.Option("--jobs", metavar="N", min=2, help="With --replay: its first N jobs.")] = 20,
+    policy: Annotated[
+        str, typer.Option("--policy", metavar="POLICY", help="With --replay: what plans every change.")
+    ] = "muxtune",
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="X", min=1, help="With --replay: the last job arrives then.")
+    ] = 30.0,
     out: opt.StudyFolder = Path("out/validate"),
     rounds: opt.Rounds = 20,
     seed: opt.Seed = 0,
     as_json: opt.AsJson = False,
-) -> str:
+) -> Answer | str:
     """Hold predictions against measurements on this machine."""
+    if replay:
+        from muxtune.experiments.commands import validate_replay as command
+        from muxtune.experiments.console import Progress
+
+        source = trace or command.TRACE
+        with Progress() as progress:
+            body = command.run(
+                out,
+                trace=source,
+                jobs=jobs,
+                policy=policy,
+                seconds=seconds,
+                rounds=rounds,
+                seed=seed,
+                progress=progress,
+            )
+        return Answer(body=body, show=command.show, as_json=as_json)
     from muxtune.experiments.commands.validate import run
 
     return run(suite=suite, out=out, rounds=rounds, seed=seed, as_json=as_json)

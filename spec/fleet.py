@@ -65,7 +65,8 @@ class FleetCosts:
 
     A change of the set of tasks stops an instance at the end of an iteration for `replan_ns` + `join_ns` a task that comes +
     `leave_ns` a task that goes. An instance starts in `start_ns` + backbone bytes / `load_bytes_per_s`. A task whose instance
-    was lost or left joins elsewhere after `migrate_ns`, in which its checkpoint is read.
+    was lost or left joins elsewhere after `migrate_ns`, in which its checkpoint is read. Between two iterations the host takes
+    `between_ns` + `between_task_ns` a task (drawing samples, messages), which a plan's price does not have.
     """
 
     replan_ns: int = 2 * NS_PER_S
@@ -75,9 +76,11 @@ class FleetCosts:
     load_bytes_per_s: int = 1_000_000_000
     migrate_ns: int = 5 * NS_PER_S
     checkpoint_ns: int = 600 * NS_PER_S
+    between_ns: int = 0
+    between_task_ns: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("replan_ns", "join_ns", "leave_ns", "start_ns", "migrate_ns"):
+        for name in ("replan_ns", "join_ns", "leave_ns", "start_ns", "migrate_ns", "between_ns", "between_task_ns"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
         for name in ("load_bytes_per_s", "checkpoint_ns"):

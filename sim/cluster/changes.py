@@ -145,6 +145,7 @@ class Changes:
             self._send_back(instance, came)
             return
         iteration_ns = round(price.iteration_ns * instance.slowdown)
+        iteration_ns += costs.between_ns + costs.between_task_ns * len(instance.members)
         pause_ns = 0
         if came or gone:
             self.replans += 1
