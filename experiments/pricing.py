@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from muxtune.policies.base import Evaluate, Policy, SystemState, make_policy, policies
+from muxtune.policies.online.insertion import Insertion
+from muxtune.sim.cluster.prices import Price
 from muxtune.sim.cost._frequency import AtFrequency
 from muxtune.sim.cost.base import CostModel
 from muxtune.sim.recurrence import recur_blocks
 from muxtune.sim.simulate import estimate, make_evaluate
 from muxtune.sim.stage import StageCache
 from muxtune.spec.cluster import Cluster
-from muxtune.spec.errors import InfeasibleError
+from muxtune.spec.errors import InfeasibleError, InputError
 from muxtune.spec.estimate import Estimate
 from muxtune.spec.fleet import InstanceShape, TaskType
 from muxtune.spec.frequency import frequency_step
@@ -53,8 +56,16 @@ class PlanPricer:
         Raises:
             InfeasibleError: they do not fit together.
         """
-        policy, evaluate, predict = self._for(shape)
-        state = SystemState(
+        policy, evaluate, predict = self.tools(shape)
+        return predict(policy.plan(self.state(types, shape, evaluate)))
+
+    def state(self, types: Sequence[TaskType], shape: InstanceShape, evaluate: Evaluate | None = None) -> SystemState:
+        """The tasks on the shape, as a policy is asked.
+
+        Raises:
+            InfeasibleError: as `workload`.
+        """
+        return SystemState(
             workload=self.workload(types),
             cluster=shape.slice,
             layout=shape.layout,
@@ -62,7 +73,6 @@ class PlanPricer:
             seed=self.seed,
             evaluate=evaluate,
         )
-        return predict(policy.plan(state))
 
     def workload(self, types: Sequence[TaskType]) -> Workload:
         """The tasks as a workload of their backbone.
@@ -88,7 +98,7 @@ class PlanPricer:
         except ValueError as error:
             raise InfeasibleError(str(error)) from error
 
-    def _for(self, shape: InstanceShape) -> tuple[Policy, Evaluate, Evaluate]:
+    def tools(self, shape: InstanceShape) -> tuple[Policy, Evaluate, Evaluate]:
         """The policy and the simulator of a device and clock; stage runs are shared by all plans there."""
         key = (shape.slice.device.name, shape.frequency_mhz)
         if key not in self._tools:
@@ -105,3 +115,55 @@ class PlanPricer:
             return evaluate
         cache = StageCache(cost, recur_blocks)
         return lambda plan: estimate(plan, cost, self.seed, self.draws, cache=cache)
+
+
+class InsertionPricer:
+    """Prices by insertion (policies/online/insertion.py) on the cost model of a co-scheduling policy that groups tasks.
+
+    At most `most` tasks share an instance. Energy is not known; the cost model's own error is not carried along.
+
+    Raises:
+        InputError: the policy gives every task its own backbone, or has no alignment of hTasks.
+    """
+
+    def __init__(self, pricer: PlanPricer, most: int) -> None:
+        self.pricer, self.most = pricer, most
+        self._kinds: dict[InstanceShape, list[TaskType]] = {}
+        self._made: dict[InstanceShape, Insertion] = {}
+
+    def __call__(self, types: Sequence[TaskType], shape: InstanceShape) -> Price:
+        """One iteration of these tasks.
+
+        Raises:
+            InfeasibleError: they do not fit together.
+        """
+        counts = Counter(types)
+        kinds = self._kinds.setdefault(shape, [])
+        if new := [t for t in counts if t not in kinds]:
+            kinds += new
+            # A new type changes the sums that all others share; types come up once, mixes all the time.
+            self._made[shape] = self._insertion(kinds, shape)
+        found = self._made[shape].price(tuple(counts[t] for t in kinds))
+        return Price(
+            iteration_ns=found.iteration_ns,
+            billed_tokens=sum(t.step_tokens for t in types),
+            joules=None,
+            busy=found.busy,
+            peak_bytes=found.peak_bytes,
+            relative_error=0.0,
+        )
+
+    def _insertion(self, kinds: Sequence[TaskType], shape: InstanceShape) -> Insertion:
+        policy, _, _ = self.pricer.tools(shape)
+        alignment = getattr(policy.config, "alignment", None)
+        if alignment is None:
+            raise InputError(
+                f"--insertion with policy {self.pricer.policy}: it does not group tasks into hTasks of one alignment: "
+                "take muxtune, greedy or ilp, or leave --insertion out"
+            )
+        state = self.pricer.state([t for t in kinds for _ in range(self.most)], shape)
+        names = [task.task_id for task in state.workload.tasks]
+        # The workload lists types by their bytes.
+        at = {t: n * self.most for n, t in enumerate(sorted(kinds, key=canonical_bytes))}
+        ids = [names[at[t] : at[t] + self.most] for t in kinds]
+        return Insertion(policy.cost, state, ids, alignment, policy.config.chunk)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -11,19 +10,14 @@ from typing import Any
 
 from muxtune.experiments.commands.inputs import load_cost
 from muxtune.experiments.commands.problem import Options, choose_layout
-from muxtune.experiments.commands.rows import cost_body
 from muxtune.experiments.commands.trace import Given, open_given
-from muxtune.experiments.pricing import PlanPricer, tasks_per_instance
+from muxtune.experiments.pricing import InsertionPricer, PlanPricer, tasks_per_instance
 from muxtune.policies.base import SystemState, make_policy
 from muxtune.policies.choices import layout_choices, plan_over
 from muxtune.policies.cluster.base import make_cluster_policy
-from muxtune.sim.cluster.engine import Replay
-from muxtune.sim.cluster.figures import figures
 from muxtune.sim.cluster.pool import Pool
-from muxtune.sim.cluster.prices import Prices, Shelf
 from muxtune.sim.cluster.random_faults import FaultRates, random_faults
 from muxtune.sim.cluster.setup import Setup
-from muxtune.sim.cluster.tally import Told
 from muxtune.sim.simulate import make_evaluate
 from muxtune.sim.traces.cluster import read_cluster
 from muxtune.sim.traces.faults import read_faults
@@ -40,10 +34,6 @@ from muxtune.spec.units import NS_PER_S
 SAMPLE_JOBS = 64
 #: Share of a device's memory that a backbone may take where the size of an instance is not given.
 BACKBONE_SHARE = 0.5
-#: Predictions by co-scheduling policy and all else that they depend on.
-Shelves = dict[tuple[Any, ...], Shelf]
-#: What a clock decides; left out of digests.
-CLOCKED = ("wall_s", "cpu_s", "decision_us")
 
 
 @noun
@@ -53,7 +43,8 @@ class Cell:
     Without `gpus_per_instance` an instance has the smallest power of two of devices on which the backbone takes at most half
     of the memory. `pp` None: as many stages as devices are left. With `search_layout` each co-scheduling policy gets the
     layout and micro-batch count that are best for a sample of the trace; the reference instance stays as given.
-    With `merge_types` types of equal billed tokens a step are planned as one (quantisation).
+    With `merge_types` types of equal billed tokens a step are planned as one (quantisation). With `insertion` mixes are priced
+    by inserting their tasks one by one, and one mix in a hundred exactly too.
     """
 
     given: Given
@@ -76,6 +67,7 @@ class Cell:
     faults: str | None = None
     max_restarts: int | None = None
     merge_types: bool = False
+    insertion: bool = False
     cost: str = "roofline"
     allow_extrapolation: bool = False
     gpu_hour_price: float = 1.0
@@ -103,6 +95,9 @@ class Bench:
         make_policy(cell.policy, self.cost_of(self.clusters[0]))
         self._chosen: dict[str, LayoutChoice] = {}
         self.pricer = PlanPricer(cell.policy, self.cost_of, self.trace.lengths)
+        self.quick = InsertionPricer(self.pricer, self.cap) if cell.insertion else None
+        if cell.insertion and cell.merge_types:
+            raise InputError("--insertion and --merge-types: two ways to price without planning; leave one out")
         self.solo = PlanPricer("hf-peft", self.cost_of, self.trace.lengths)
 
     @property
@@ -258,75 +253,3 @@ def _opened(cell: Cell) -> Trace:
     mapping = f"{trace.about.mapping}; every job runs on {model.name}".lstrip("; ")
     about = replace(trace.about, mapping=mapping)
     return Trace(about=about, open_jobs=lambda: map(moved, trace.open_jobs()), lengths=trace.lengths)
-
-
-def run_cell(
-    cell: Cell,
-    stop: Callable[[], bool] | None = None,
-    report: Callable[[Callable[[], dict[str, Any]]], None] | None = None,
-    told: Told | None = None,
-    shelves: Shelves | None = None,
-) -> dict[str, Any]:
-    """Replay one cell; `report` may ask for what is known so far now and then, `told` one dict a job that has left.
-
-    `shelves` keep predictions for other cells; results do not depend on them.
-
-    Raises:
-        InputError: wrong file, name or option, or a bad row of the trace.
-    """
-    wall_s, cpu_s = time.perf_counter(), time.process_time()
-    bench = Bench(cell)
-    kept = {} if shelves is None else shelves
-    shelf, solo = (kept.setdefault((p.policy, *bench.priced_with), Shelf(p)) for p in (bench.pricer, bench.solo))
-    prices = Prices(shelf, solo, merge=bench.merge() if cell.merge_types else None)
-    replay = Replay(bench.trace, bench.rules, bench.setup(stop), prices, told)
-
-    def body() -> dict[str, Any]:
-        return _body(bench, replay, time.perf_counter() - wall_s, time.process_time() - cpu_s)
-
-    replay.run(None if report is None else lambda _: report(lambda: body() | {"complete": False}))
-    return body()
-
-
-def _body(bench: Bench, replay: Replay, wall_s: float, cpu_s: float) -> dict[str, Any]:
-    cell, about = bench.cell, bench.trace.about
-    found = {
-        "trace": about.name,
-        "trace_source": about.source,
-        "cluster": " + ".join(c.name for c in bench.clusters),
-        "policy": cell.policy,
-        "cluster_policy": cell.cluster_policy,
-        "seed": cell.seed,
-        **figures(replay, cell.gpu_hour_price),
-        "cost_model": cost_body(bench.cost_of(bench.clusters[0])),
-        "instances": bench.layouts(),
-        "tasks_per_instance": bench.cap,
-        "statements": [*about.statements(), *_assumed(bench)],
-        "cell": cell.key,
-        "cell_group": replace(cell, seed=0).key,
-    }
-    clocked = {"wall_s": wall_s, "cpu_s": cpu_s, "decision_us": _decisions(replay)}
-    return {**found, **clocked, "digest": digest(found)}
-
-
-def _assumed(bench: Bench) -> list[str]:
-    """What a reader has to know of the fleet."""
-    costs = bench.setup().costs
-    reference = {n: bench.reference(model_preset(n)) for n in bench.layouts()}
-    places = "; ".join(f"{n}: {bench.slice(model_preset(n)).name}, {c.name}" for n, c in reference.items())
-    return [
-        f"reference instance: {places or 'none asked'}",
-        f"changes of an instance take {costs.replan_ns / 1e9:g} s + {costs.join_ns / 1e9:g} s a task that comes + "
-        f"{costs.leave_ns / 1e9:g} s a task that goes; a start {costs.start_ns / 1e9:g} s + weights at "
-        f"{costs.load_bytes_per_s / 1e9:g} GB/s a device; a checkpoint every {costs.checkpoint_ns / 1e9:g} s is read in "
-        f"{costs.migrate_ns / 1e9:g} s (assumed unless given by --costs)",
-    ]
-
-
-def _decisions(replay: Replay) -> dict[str, float | None]:
-    """Microseconds that decisions took on this machine: arrival and dispatch, plans that were not known included."""
-    times = sorted(replay.decision_s)
-    if not times:
-        return dict.fromkeys(("mean", "p50", "p99", "max"))
-    at = {"p50": times[len(times) // 2], "p99": times[len(times) * 99 // 100], "max": times[-1]}
-    return {"mean": 1e6 * sum(times) / len(times), **{name: 1e6 * value for name, value in at.items()}}

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from muxtune.experiments.commands.inputs import Progress, output_folder, silent
 from muxtune.experiments.console import json_text
-from muxtune.experiments.replay_cell import Cell, Shelves, run_cell
+from muxtune.experiments.replay_cell import Cell
+from muxtune.experiments.replay_run import Shelves, run_cell
 from muxtune.sim.cluster.tally import ROW_COLUMNS, Told
 from muxtune.spec.errors import InputError
 from muxtune.spec.files import write_text

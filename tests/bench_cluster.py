@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from muxtune.experiments.commands.trace import Given
-from muxtune.experiments.replay_cell import Cell, run_cell
+from muxtune.experiments.replay_cell import Cell
+from muxtune.experiments.replay_run import run_cell
 from muxtune.sim.cluster.engine import Replay
 from tests.fleets import S, by_count, job, replayed, trace_of
 

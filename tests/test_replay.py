@@ -15,8 +15,9 @@ from muxtune.experiments.commands.replay import parse_costs, parse_faults
 from muxtune.experiments.commands.sweep import read_grid
 from muxtune.experiments.commands.trace import Given
 from muxtune.experiments.main import main
-from muxtune.experiments.replay_cell import Cell, run_cell
+from muxtune.experiments.replay_cell import Cell
 from muxtune.experiments.replay_means import interval
+from muxtune.experiments.replay_run import run_cell
 from muxtune.experiments.replay_size import parse_goal, smallest
 from muxtune.experiments.spread import Keeper, run_cells
 from muxtune.sim.cluster.prices import Prices, Shelf

@@ -11,9 +11,10 @@ from typing import Any
 from muxtune.experiments.commands.inputs import Progress, output_folder, silent
 from muxtune.experiments.commands.rows import UNCALIBRATED
 from muxtune.experiments.console import json_text, render, table
-from muxtune.experiments.replay_cell import Bench, Cell, Shelves, run_cell
+from muxtune.experiments.replay_cell import Bench, Cell
 from muxtune.experiments.replay_means import means
 from muxtune.experiments.replay_report import interval_text, write_replay_report
+from muxtune.experiments.replay_run import Shelves, run_cell
 from muxtune.experiments.replay_size import most_nodes, parse_goal, smallest
 from muxtune.experiments.spread import Engine, Interrupt, Keeper, run_cells
 from muxtune.sim.cluster.random_faults import FaultRates

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from muxtune.experiments.commands.trace import Given
 from muxtune.experiments.recipes.base import Check, Recipe
-from muxtune.experiments.replay_cell import Cell, Shelves, run_cell
+from muxtune.experiments.replay_cell import Cell
+from muxtune.experiments.replay_run import Shelves, run_cell
 
 #: Baseline → the paper's ratio on uniform tasks.
 PAPER = {"hf-peft": 1.61, "nemo": 1.51, "sl-peft": 1.36}

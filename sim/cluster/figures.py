@@ -85,10 +85,21 @@ def _changes(replay: Replay) -> dict[str, Any]:
             "shapes": len(prices.shapes),
             "relative_error": prices.worst_error,
             "merged": prices.merge is not None,
-            "merge_sampled": len(prices.errors),
-            "merge_error": float(np.mean(np.abs(prices.errors))) if prices.errors else None,
-            "merge_bias": float(np.mean(prices.errors)) if prices.errors else None,
+            **_sampled("merge", prices.errors if prices.quick is None else ()),
+            "inserted": prices.quick is not None,
+            **_sampled("insertion", prices.errors if prices.quick is not None else ()),
         },
+    }
+
+
+def _sampled(name: str, errors: Sequence[float]) -> dict[str, int | float | None]:
+    """How many prices were held against exact ones, and the mean absolute, mean and largest relative error of their times."""
+    size = np.abs(np.asarray(errors, dtype=np.float64))
+    return {
+        f"{name}_sampled": len(errors),
+        f"{name}_error": float(size.mean()) if len(errors) else None,
+        f"{name}_bias": float(np.mean(errors)) if len(errors) else None,
+        f"{name}_worst": float(size.max()) if len(errors) else None,
     }
 
 
