@@ -98,9 +98,9 @@ def replay(
         bool,
         typer.Option("--merge-types", help="Plan types of equal tokens a step as one; the error is sampled and told."),
     ] = False,
-    insertion: Annotated[
+    incremental: Annotated[
         bool,
-        typer.Option("--insertion", help="Price mixes by inserting tasks one by one; the error is sampled and told."),
+        typer.Option("--incremental", help="Price mixes from kept prices of hTasks; the error is sampled and told."),
     ] = False,
     gpu_hour_price: Annotated[
         float, typer.Option("--gpu-hour-price", metavar="X", min=0, help="Price of a GPU hour.")
@@ -153,7 +153,7 @@ def replay(
         faults=file,
         max_restarts=max_restarts,
         merge_types=merge_types,
-        insertion=insertion,
+        incremental=incremental,
         cost=cost,
         allow_extrapolation=allow_extrapolation,
         gpu_hour_price=gpu_hour_price,

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from muxtune.policies.base import Evaluate, Policy, SystemState, make_policy, policies
-from muxtune.policies.online.insertion import Insertion
+from muxtune.policies.muxtune import MuxTuneConfig
+from muxtune.policies.online.incremental import Incremental
 from muxtune.sim.cluster.prices import Price
 from muxtune.sim.cost._frequency import AtFrequency
 from muxtune.sim.cost.base import CostModel
@@ -117,19 +118,20 @@ class PlanPricer:
         return lambda plan: estimate(plan, cost, self.seed, self.draws, cache=cache)
 
 
-class InsertionPricer:
-    """Prices by insertion (policies/online/insertion.py) on the cost model of a co-scheduling policy that groups tasks.
+class IncrementalPricer:
+    """Prices from kept prices of hTasks (policies/online/incremental.py), partitioned as the co-scheduling policy does.
+
 
     At most `most` tasks share an instance. Energy is not known; the cost model's own error is not carried along.
 
     Raises:
-        InputError: the policy gives every task its own backbone, or has no alignment of hTasks.
+        InputError: the policy has no such partition.
     """
 
     def __init__(self, pricer: PlanPricer, most: int) -> None:
         self.pricer, self.most = pricer, most
         self._kinds: dict[InstanceShape, list[TaskType]] = {}
-        self._made: dict[InstanceShape, Insertion] = {}
+        self._made: dict[InstanceShape, Incremental] = {}
 
     def __call__(self, types: Sequence[TaskType], shape: InstanceShape) -> Price:
         """One iteration of these tasks.
@@ -142,7 +144,7 @@ class InsertionPricer:
         if new := [t for t in counts if t not in kinds]:
             kinds += new
             # A new type changes the sums that all others share; types come up once, mixes all the time.
-            self._made[shape] = self._insertion(kinds, shape)
+            self._made[shape] = self._incremental(kinds, shape)
         found = self._made[shape].price(tuple(counts[t] for t in kinds))
         return Price(
             iteration_ns=found.iteration_ns,
@@ -153,17 +155,17 @@ class InsertionPricer:
             relative_error=0.0,
         )
 
-    def _insertion(self, kinds: Sequence[TaskType], shape: InstanceShape) -> Insertion:
+    def _incremental(self, kinds: Sequence[TaskType], shape: InstanceShape) -> Incremental:
         policy, _, _ = self.pricer.tools(shape)
-        alignment = getattr(policy.config, "alignment", None)
-        if alignment is None:
+        config = policy.config
+        if not isinstance(config, MuxTuneConfig) or not (config.fusion and config.orchestration):
             raise InputError(
-                f"--insertion with policy {self.pricer.policy}: it does not group tasks into hTasks of one alignment: "
-                "take muxtune, greedy or ilp, or leave --insertion out"
+                f"--incremental with policy {self.pricer.policy}: only the partition of muxtune can be priced from kept "
+                "hTasks: take muxtune with fusion and orchestration, or leave --incremental out"
             )
         state = self.pricer.state([t for t in kinds for _ in range(self.most)], shape)
         names = [task.task_id for task in state.workload.tasks]
         # The workload lists types by their bytes.
         at = {t: n * self.most for n, t in enumerate(sorted(kinds, key=canonical_bytes))}
         ids = [names[at[t] : at[t] + self.most] for t in kinds]
-        return Insertion(policy.cost, state, ids, alignment, policy.config.chunk)
+        return Incremental(policy.cost, state, ids, config.charge, config.alignment, config.chunk)

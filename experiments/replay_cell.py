@@ -11,7 +11,7 @@ from typing import Any
 from muxtune.experiments.commands.inputs import load_cost
 from muxtune.experiments.commands.problem import Options, choose_layout
 from muxtune.experiments.commands.trace import Given, open_given
-from muxtune.experiments.pricing import InsertionPricer, PlanPricer, tasks_per_instance
+from muxtune.experiments.pricing import IncrementalPricer, PlanPricer, tasks_per_instance
 from muxtune.policies.base import SystemState, make_policy
 from muxtune.policies.choices import layout_choices, plan_over
 from muxtune.policies.cluster.base import make_cluster_policy
@@ -43,8 +43,8 @@ class Cell:
     Without `gpus_per_instance` an instance has the smallest power of two of devices on which the backbone takes at most half
     of the memory. `pp` None: as many stages as devices are left. With `search_layout` each co-scheduling policy gets the
     layout and micro-batch count that are best for a sample of the trace; the reference instance stays as given.
-    With `merge_types` types of equal billed tokens a step are planned as one (quantisation). With `insertion` mixes are priced
-    by inserting their tasks one by one, and one mix in a hundred exactly too.
+    With `merge_types` types of equal billed tokens a step are planned as one (quantisation). With `incremental` mixes are
+    priced from kept prices of hTasks, and one mix in a hundred exactly too.
     """
 
     given: Given
@@ -67,7 +67,7 @@ class Cell:
     faults: str | None = None
     max_restarts: int | None = None
     merge_types: bool = False
-    insertion: bool = False
+    incremental: bool = False
     cost: str = "roofline"
     allow_extrapolation: bool = False
     gpu_hour_price: float = 1.0
@@ -95,9 +95,9 @@ class Bench:
         make_policy(cell.policy, self.cost_of(self.clusters[0]))
         self._chosen: dict[str, LayoutChoice] = {}
         self.pricer = PlanPricer(cell.policy, self.cost_of, self.trace.lengths)
-        self.quick = InsertionPricer(self.pricer, self.cap) if cell.insertion else None
-        if cell.insertion and cell.merge_types:
-            raise InputError("--insertion and --merge-types: two ways to price without planning; leave one out")
+        self.quick = IncrementalPricer(self.pricer, self.cap) if cell.incremental else None
+        if cell.incremental and cell.merge_types:
+            raise InputError("--incremental and --merge-types: two ways to price without planning; leave one out")
         self.solo = PlanPricer("hf-peft", self.cost_of, self.trace.lengths)
 
     @property

@@ -42,7 +42,7 @@ def run_cell(
     shelf, solo = (kept.setdefault((p.policy, *bench.priced_with), Shelf(p)) for p in (bench.pricer, bench.solo))
     quick = None
     if bench.quick is not None:
-        quick = kept.setdefault(("insertion", bench.quick.most, cell.policy, *bench.priced_with), Shelf(bench.quick))
+        quick = kept.setdefault(("incremental", bench.quick.most, cell.policy, *bench.priced_with), Shelf(bench.quick))
     merge = bench.merge() if cell.merge_types else None
     prices = Prices(shelf, solo, merge=merge, quick=quick, seed=cell.seed)
     replay = Replay(bench.trace, bench.rules, bench.setup(stop), prices, told)

@@ -15,7 +15,7 @@ from muxtune.experiments.commands.replay import parse_costs, parse_faults
 from muxtune.experiments.commands.sweep import read_grid
 from muxtune.experiments.commands.trace import Given
 from muxtune.experiments.main import main
-from muxtune.experiments.replay_cell import Cell
+from muxtune.experiments.replay_cell import Bench, Cell
 from muxtune.experiments.replay_means import interval
 from muxtune.experiments.replay_run import run_cell
 from muxtune.experiments.replay_size import parse_goal, smallest
@@ -24,7 +24,7 @@ from muxtune.sim.cluster.prices import Prices, Shelf
 from muxtune.sim.traces.faults import read_faults
 from muxtune.spec.cluster import parse_cluster
 from muxtune.spec.errors import InputError, NoAnswerError
-from muxtune.spec.fleet import FREE, Fault, InstanceShape, task_type
+from muxtune.spec.fleet import FREE, Fault, InstanceShape, TaskType, task_type
 from muxtune.spec.jobs import TraceHeader
 from muxtune.spec.layout import even_layout
 from muxtune.spec.model import model_preset
@@ -122,6 +122,14 @@ def test_stopping_leaves_a_valid_partial_result() -> None:
 def test_ray_is_refused_where_it_is_not() -> None:
     with pytest.raises(InputError, match="Ray is not installed"):
         run_cells([TINY], engine="ray", keeper=Keeper(None, False))
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+def test_ray_gives_what_is_found_here(tiny: dict[str, Any], tmp_path: Path) -> None:
+    cells = [TINY, replace(TINY, cluster_policy="srtf")]
+    here = run_cells(cells, keeper=Keeper(None, False))
+    there = run_cells(cells, engine="ray", jobs=2, keeper=Keeper(tmp_path, False))
+    assert [unclocked(b) for b in there] == [unclocked(b) for b in here]
 
 
 def test_the_command_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -317,3 +325,46 @@ def test_merged_types_are_planned_as_one_and_the_error_is_sampled() -> None:
     assert prices.made == 1
     assert prices.alone_ns(numbers[2], shape) == 2048 * 1000 + 256
     assert all(abs(e) < 1e-4 for e in prices.errors)
+
+
+MIXES = ((0,), (0, 1), (0, 0, 1, 2), (0, 1, 2, 2, 1, 0))
+
+
+def _priced(policy: str = "muxtune:charge=exact") -> tuple[Bench, list[TaskType], InstanceShape]:
+    bench = Bench(replace(TINY, policy=policy, incremental=True))
+    kinds = list(dict.fromkeys(task_type(j) for j in bench.trace))
+    model = model_preset(kinds[0].model)
+    chosen = bench.choice(model)
+    shape = InstanceShape(
+        model=model.name, slice=bench.slice(model), layout=chosen.layout, microbatches=chosen.microbatches
+    )
+    return bench, kinds, shape
+
+
+def test_incremental_prices_are_near_those_of_plans_and_independent_of_what_was_asked_before() -> None:
+    bench, kinds, shape = _priced()
+    again = _priced()[0]
+    assert bench.quick is not None
+    assert again.quick is not None
+    found = {}
+    for mix in MIXES:
+        types = [kinds[k % len(kinds)] for k in mix]
+        found[mix] = bench.quick(types, shape)
+        exact = bench.pricer(types, shape)
+        assert found[mix].iteration_ns == pytest.approx(exact.iteration_ns, rel=0.03)
+        assert found[mix].billed_tokens == exact.billed_tokens
+    for mix in reversed(MIXES):
+        assert again.quick([kinds[k % len(kinds)] for k in mix], shape) == found[mix]
+
+
+def test_an_incremental_replay_says_so_and_samples_its_error() -> None:
+    prices = run_cell(replace(TINY, policy="muxtune", incremental=True))["prices"]
+    assert prices["incremental"]
+    assert prices["incremental_sampled"] <= prices["planned"]
+    assert not prices["merged"]
+
+
+def test_incremental_prices_need_the_partition_of_muxtune() -> None:
+    for cell in (replace(TINY, incremental=True, policy="sl-peft"), replace(TINY, incremental=True, merge_types=True)):
+        with pytest.raises(InputError, match="--incremental"):
+            run_cell(cell)

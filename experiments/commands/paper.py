@@ -9,6 +9,8 @@ from muxtune.experiments.console import render, table
 from muxtune.experiments.recipes.base import make_recipe, recipes
 from muxtune.spec.noun import plain
 
+VERDICTS = {True: "yes", False: "MISSED", None: "not checked"}
+
 
 def run(recipe: str | None = None, progress: Progress = silent) -> dict[str, Any]:
     """Every recipe, or one of them.
@@ -21,7 +23,7 @@ def run(recipe: str | None = None, progress: Progress = silent) -> dict[str, Any
     for done, name in enumerate(names):
         progress("paper", done, len(names))
         made = make_recipe(name)
-        checks = [{**plain(c), "met": c.met} for c in made.checks()]
+        checks = [{**plain(c), "met": c.met if c.checked else None} for c in made.checks()]
         body["recipes"][name] = {
             "kind": made.KIND,
             "source": made.SOURCE,
@@ -32,18 +34,19 @@ def run(recipe: str | None = None, progress: Progress = silent) -> dict[str, Any
         }
     progress("paper", len(names), len(names))
     found = [c for r in body["recipes"].values() for c in r["checks"]]
-    return {**body, "checks": len(found), "missed": sum(not c["met"] for c in found)}
+    checked = [c for c in found if c["checked"]]
+    missed = sum(not c["met"] for c in checked)
+    return {**body, "checks": len(checked), "missed": missed, "unchecked": len(found) - len(checked)}
 
 
 def show(body: dict[str, Any]) -> str:
     """A table a recipe, with its source and what it assumes."""
     parts: list[Any] = []
     for name, recipe in body["recipes"].items():
-        rows = [
-            [c["what"], c["expected"], f"{c['found']:.4g}", "yes" if c["met"] else "MISSED"] for c in recipe["checks"]
-        ]
+        rows = [[c["what"], c["expected"], f"{c['found']:.4g}", VERDICTS[c["met"]]] for c in recipe["checks"]]
         measured = {None: "", False: ", UNCALIBRATED", True: ", measured"}[recipe["calibrated"]]
         parts.append(table(["check", "expected", "found", "met"], rows, title=f"{name} ({recipe['kind']}{measured})"))
         parts += [f"  source: {recipe['source']}", *(f"  assumes: {text}" for text in recipe["assumes"])]
         parts += [*(f"  missed: {what}: {cause}" for what, cause in recipe["misses"].items()), ""]
-    return render(*parts, f"{body['checks'] - body['missed']} of {body['checks']} checks met")
+    beside = f"; {body['unchecked']} figures not checked" if body["unchecked"] else ""
+    return render(*parts, f"{body['checks'] - body['missed']} of {body['checks']} checks met{beside}")

@@ -86,8 +86,8 @@ def _changes(replay: Replay) -> dict[str, Any]:
             "relative_error": prices.worst_error,
             "merged": prices.merge is not None,
             **_sampled("merge", prices.errors if prices.quick is None else ()),
-            "inserted": prices.quick is not None,
-            **_sampled("insertion", prices.errors if prices.quick is not None else ()),
+            "incremental": prices.quick is not None,
+            **_sampled("incremental", prices.errors if prices.quick is not None else ()),
         },
     }
 
