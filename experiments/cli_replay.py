@@ -111,7 +111,9 @@ def replay(
     ] = None,
     cost: Annotated[
         str,
-        typer.Option("--cost", metavar="NAME|DIR|FILE", help="roofline, paper, interference, or a measured profile."),
+        typer.Option(
+            "--cost", metavar="NAME|DIR|FILE", help="roofline, paper, interference, a measured profile, or auto."
+        ),
     ] = "roofline",
     allow_extrapolation: opt.Extrapolate = False,
     engine: EngineName = Spread.pool,

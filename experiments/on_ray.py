@@ -6,10 +6,9 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from muxtune.experiments.replay_cell import Cell
+from muxtune.experiments.spread import Work, in_worker
 from muxtune.spec.errors import InputError
 
 
@@ -26,17 +25,13 @@ def require_ray() -> Any:
     return ray
 
 
-def on_ray(
-    left: Sequence[tuple[int, Cell, Path | None]], jobs: int, stop: Callable[[], bool]
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def on_ray(left: Sequence[Work], jobs: int, stop: Callable[[], bool]) -> Iterator[tuple[int, dict[str, Any]]]:
     """The results as they come, at most `jobs` cells at a time.
 
     Raises:
         InputError: Ray is not installed.
     """
     ray = require_ray()
-    from muxtune.experiments.spread import in_worker
-
     address = os.environ.get("RAY_ADDRESS")
     where: dict[str, Any] = {"address": address} if address else {"num_cpus": jobs}
     ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
@@ -46,8 +41,8 @@ def on_ray(
         running: dict[Any, int] = {}
         while waiting or running:
             while waiting and len(running) < jobs and not stop():
-                place, cell, rows = waiting.pop(0)
-                running[remote.remote(cell, rows)] = place
+                place, cell, files = waiting.pop(0)
+                running[remote.remote(cell, files)] = place
             if stop():
                 return
             ready, _ = ray.wait(list(running), timeout=1.0)

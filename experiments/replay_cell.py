@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from muxtune.experiments.commands.costs import AUTO, CostChoice, choose_cost
 from muxtune.experiments.commands.inputs import load_cost
 from muxtune.experiments.commands.problem import Options, choose_layout
 from muxtune.experiments.commands.trace import Given, open_given
@@ -91,10 +92,10 @@ class Bench:
         self.clusters = tuple(read_cluster(name) for name in cell.clusters)
         self.rules = make_cluster_policy(cell.cluster_policy)
         self.cap = tasks_per_instance(cell.policy, cell.tasks_per_instance)
-        self._costs = {c.device.name: load_cost(cell.cost, c, cell.allow_extrapolation) for c in self.clusters}
-        make_policy(cell.policy, self.cost_of(self.clusters[0]))
         self._chosen: dict[str, LayoutChoice] = {}
         self.pricer = PlanPricer(cell.policy, self.cost_of, self.trace.lengths)
+        self._choices = {c.device.name: self._cost_choice(c) for c in self.clusters}
+        make_policy(cell.policy, self.cost_of(self.clusters[0]))
         self.quick = IncrementalPricer(self.pricer, self.cap) if cell.incremental else None
         if cell.incremental and cell.merge_types:
             raise InputError("--incremental and --merge-types: two ways to price without planning; leave one out")
@@ -104,11 +105,34 @@ class Bench:
     def priced_with(self) -> tuple[Any, ...]:
         """All that predictions depend on beside policy, types and shapes."""
         cell = self.cell
-        return cell.cost, cell.allow_extrapolation, cell.given.source, cell.given.format_key, *sorted(self._costs)
+        return (
+            cell.cost,
+            cell.allow_extrapolation,
+            cell.given.source,
+            cell.given.format_key,
+            *sorted(self._choices),
+            *self.cost_reasons,
+        )
 
     def cost_of(self, cluster: Cluster) -> Any:
         """The cost model of a cluster's device."""
-        return self._costs[cluster.device.name]
+        return self._choices[cluster.device.name].model
+
+    @property
+    def cost_reasons(self) -> list[str]:
+        """Why each device has the cost model that it has, where `auto` chose it."""
+        return [f"cost model of {device}: {c.why}" for device, c in self._choices.items() if c.why]
+
+    def _cost_choice(self, cluster: Cluster) -> CostChoice:
+        """What `cost` names; `auto` looks for a profile that covers a sample of the trace's first jobs."""
+        cell = self.cell
+        first = next(iter(self.trace), None) if cell.cost == AUTO else None
+        if first is None:
+            named = "roofline" if cell.cost == AUTO else cell.cost
+            return CostChoice(model=load_cost(named, cluster, cell.allow_extrapolation))
+        model = model_preset(first.model)
+        workload, layout = self.pricer.workload(self._sample(model)), self.reference(model).layout
+        return choose_cost(AUTO, cluster, workload, [layout], cell.allow_extrapolation)
 
     def require(self) -> None:
         """Look at the first job, and whether an instance for it fits.

@@ -67,7 +67,7 @@ def _body(bench: Bench, replay: Replay, wall_s: float, cpu_s: float) -> dict[str
         "cost_model": cost_body(bench.cost_of(bench.clusters[0])),
         "instances": bench.layouts(),
         "tasks_per_instance": bench.cap,
-        "statements": [*about.statements(), *_assumed(bench)],
+        "statements": [*about.statements(), *bench.cost_reasons, *_assumed(bench)],
         "cell": cell.key,
         "cell_group": replace(cell, seed=0).key,
     }

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -23,8 +24,18 @@ from muxtune.spec.errors import InputError
 from muxtune.spec.files import write_text
 
 Engine = Literal["pool", "ray"]
-#: A cell, its place in the list, and where its job rows go.
-Work = tuple[int, Cell, Path | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Where a running cell writes a line a job, and what it has so far; None: nowhere."""
+
+    rows: Path | None = None
+    partial: Path | None = None
+
+
+#: A cell, its place in the list, and where it writes.
+Work = tuple[int, Cell, Files]
 #: Seconds between two partial results of a replay that runs.
 PARTIAL_SECONDS = 10.0
 
@@ -64,9 +75,12 @@ class Keeper:
         self.resume = resume
         self.job_rows = job_rows
 
-    def rows(self, cell: Cell) -> Path | None:
-        """Where one line a job goes as the jobs leave; None where that is not wanted."""
-        return self.folder / f"{cell.key}.jobs.csv" if self.folder is not None and self.job_rows else None
+    def files(self, cell: Cell) -> Files:
+        """Where a cell writes while it runs."""
+        if self.folder is None:
+            return Files()
+        rows = self.folder / f"{cell.key}.jobs.csv" if self.job_rows else None
+        return Files(rows=rows, partial=self.folder / f"{cell.key}.partial.json")
 
     def found(self, cell: Cell) -> dict[str, Any] | None:
         """A result that an earlier run finished.
@@ -133,7 +147,7 @@ def run_cells(
         done([results[p] for p in sorted(results)])
 
     with Interrupt() as stop:
-        work = [(place, cell, keeper.rows(cell)) for place, cell in left]
+        work = [(place, cell, keeper.files(cell)) for place, cell in left]
         runs = _here(work, stop, got) if jobs == 1 and engine == "pool" else _apart(work, engine, jobs, stop)
         progress("replay", len(results), len(cells))
         for place, body in runs:
@@ -149,7 +163,7 @@ def _here(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """One after the other in this process, which shares predictions; partial results on the way."""
     shelves: Shelves = {}
-    for place, cell, rows in left:
+    for place, cell, files in left:
         said_s = time.monotonic()
 
         def report(body: Callable[[], dict[str, Any]], place: int = place) -> None:
@@ -158,7 +172,7 @@ def _here(
                 got(place, body())
                 said_s = time.monotonic()
 
-        with _job_rows(rows) as told:
+        with _job_rows(files.rows) as told:
             body = run_cell(cell, stop, report, told, shelves)
         yield place, body
 
@@ -171,7 +185,7 @@ def _apart(left: Sequence[Work], engine: Engine, jobs: int, stop: Interrupt) -> 
         return
     # Spawned, not forked: a bar's thread may hold a lock while this process is copied.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(in_worker, cell, rows): place for place, cell, rows in left}
+        futures = {pool.submit(in_worker, cell, files): place for place, cell, files in left}
         for future in as_completed(futures):
             if stop.asked:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -183,10 +197,21 @@ def _apart(left: Sequence[Work], engine: Engine, jobs: int, stop: Interrupt) -> 
 _SHELVES: Shelves = {}
 
 
-def in_worker(cell: Cell, rows: Path | None = None) -> dict[str, Any]:
-    """One cell in a process of its own; Ctrl-C, which every process of the terminal gets, ends it with a partial result."""
-    with Interrupt() as stop, _job_rows(rows) as told:
-        return run_cell(cell, stop, told=told, shelves=_SHELVES)
+def in_worker(cell: Cell, files: Files) -> dict[str, Any]:
+    """One cell in a process of its own, which writes what it has so far now and then.
+
+    Ctrl-C, which every process of the terminal gets, ends it with a partial result.
+    """
+    said_s = time.monotonic()
+
+    def report(body: Callable[[], dict[str, Any]]) -> None:
+        nonlocal said_s
+        if files.partial is not None and files.partial.parent.is_dir() and time.monotonic() - said_s >= PARTIAL_SECONDS:
+            _replace(files.partial, json_text(body()))
+            said_s = time.monotonic()
+
+    with Interrupt() as stop, _job_rows(files.rows) as told:
+        return run_cell(cell, stop, report, told, _SHELVES)
 
 
 @contextmanager

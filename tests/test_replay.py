@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from muxtune.experiments import spread
 from muxtune.experiments.commands.replay import parse_costs, parse_faults
 from muxtune.experiments.commands.sweep import read_grid
 from muxtune.experiments.commands.trace import Given
@@ -19,7 +20,7 @@ from muxtune.experiments.replay_cell import Bench, Cell
 from muxtune.experiments.replay_means import interval
 from muxtune.experiments.replay_run import run_cell
 from muxtune.experiments.replay_size import parse_goal, smallest
-from muxtune.experiments.spread import Keeper, run_cells
+from muxtune.experiments.spread import Files, Keeper, in_worker, run_cells
 from muxtune.sim.cluster.prices import Prices, Shelf
 from muxtune.sim.traces.faults import read_faults
 from muxtune.spec.cluster import parse_cluster
@@ -130,6 +131,22 @@ def test_ray_gives_what_is_found_here(tiny: dict[str, Any], tmp_path: Path) -> N
     here = run_cells(cells, keeper=Keeper(None, False))
     there = run_cells(cells, engine="ray", jobs=2, keeper=Keeper(tmp_path, False))
     assert [unclocked(b) for b in there] == [unclocked(b) for b in here]
+
+
+def test_a_worker_writes_what_it_has_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spread, "PARTIAL_SECONDS", 0.0)
+    path = tmp_path / "x.partial.json"
+    whole = in_worker(TINY, Files(partial=path))
+    part = json.loads(path.read_text())
+    assert whole["complete"]
+    assert not part["complete"]
+    assert part["jobs"] <= whole["jobs"]
+
+
+def test_auto_takes_a_cost_model_and_says_why(tiny: dict[str, Any]) -> None:
+    found = run_cell(replace(TINY, cost="auto"))
+    assert "cost model of A40: auto: no recorded profile of A40" in found["statements"]
+    assert found["jct_s"] == tiny["jct_s"]
 
 
 def test_the_command_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
