@@ -14,7 +14,7 @@ from muxtune.executor.group import WorkerGroup
 from muxtune.executor.messages import Unload
 from muxtune.executor.session import NAME, ReplanReport, Session
 from muxtune.policies.base import Evaluate, Policy, SystemState
-from muxtune.profiler.speed import group_reference_ns
+from muxtune.profiler.speed import group_reference_ns, waited_s
 from muxtune.spec.cluster import Cluster
 from muxtune.spec.jobs import Job, Trace, job_task
 from muxtune.spec.layout import Layout
@@ -56,12 +56,16 @@ class Life:
 
 @noun
 class Lived:
-    """What happened: jobs in the order of the trace, changes (the first one loads the backbone), iterations, speeds."""
+    """What happened: jobs in the order of the trace, changes (the first one loads the backbone), iterations, speeds.
+
+    `waited_s` is how long the ranks were ready and had no core.
+    """
 
     lives: tuple[Life, ...]
     changes: tuple[Change, ...]
     passes: tuple[Pass, ...]
     reference_ns: tuple[float, ...]
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,13 +113,13 @@ class Live:
         Raises:
             PlanError, NoAnswerError: a mix cannot be planned. ExecutionError: a worker failed.
         """
-        run = _Run(self, jobs)
+        run, before_s = _Run(self, jobs), waited_s(self.group)
         while not run.over():
             if not run.change() and not run.iterate():
                 time.sleep(max(0.0, run.next_arrival_s() - run.now_s()))
             told(len(run.ends), len(jobs))
         self.group.ask(Unload(name=NAME))
-        return run.lived()
+        return run.lived(waited_s(self.group) - before_s)
 
 
 class _Run:
@@ -185,7 +189,7 @@ class _Run:
         self.passes.append(Pass(tasks=len(active), span_s=span_s, between_s=max(0.0, ended_s - began_s - span_s)))
         return True
 
-    def lived(self) -> Lived:
+    def lived(self, without_core_s: float) -> Lived:
         """All that was seen."""
         lives = tuple(
             Life(
@@ -198,5 +202,9 @@ class _Run:
             for job in self.jobs
         )
         return Lived(
-            lives=lives, changes=tuple(self.changes), passes=tuple(self.passes), reference_ns=tuple(self.speeds)
+            lives=lives,
+            changes=tuple(self.changes),
+            passes=tuple(self.passes),
+            reference_ns=tuple(self.speeds),
+            waited_s=without_core_s,
         )

@@ -110,6 +110,7 @@ def body_of(found: Compared, policy: str) -> dict[str, Any]:
         "time": {
             "iterations_s": sum(p.span_s for p in lived.passes),
             "between_s": sum(p.between_s for p in lived.passes),
+            "waited_for_core_s": lived.waited_s,
             "changes_s": sum(c.seconds for c in lived.changes),
             "predicted": found.shares,
         },
@@ -135,6 +136,7 @@ def show(body: dict[str, Any]) -> str:
         for r in body["rows"]
     ]
     costs, makespan, mean, replans = body["costs"], body["makespan"], body["mean_jct"], body["replans"]
+    time = body["time"]
     met = "met" if max(body["mape_jct"], abs(makespan["error"])) <= body["target"] else "MISSED"
     return render(
         table(["job", "arrival", "steps", "JCT predicted", "JCT measured", "error"], rows),
@@ -143,6 +145,7 @@ def show(body: dict[str, Any]) -> str:
         f"target {body['target']:.0%}: {met}",
         f"during the run the reference GEMM took {body['speed']:.2f} times its median of the profile, and predicted "
         f"iterations are as much longer; without that the mean absolute error is {body['mape_jct_unscaled']:.1%}",
+        f"the run waited {time['waited_for_core_s']:.1f} s for a core in {time['iterations_s']:.1f} s of iterations",
         f"measured: a change {costs['replan_s']:.3f} s + {costs['join_s']:.3f} s a task that comes + "
         f"{costs['leave_s']:.3f} s one that goes, a start {costs['start_s']:.2f} s, between iterations "
         f"{costs['between_s']:.4f} s + {costs['between_task_s']:.4f} s a task; {replans['count']} re-plans, "
