@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from muxtune.executor.randomise import randomise
+
 COLUMN_BIASES = ("linear_qkv.bias", "linear_fc1.bias")
 
 
@@ -35,3 +37,9 @@ def fall(worker: Any) -> None:
     """Die, with a warning and a reason in the log."""
     os.write(2, b"x.py:1: UserWarning: nothing to see here\n  warnings.warn(x)\nterminate: out of luck\n")
     os._exit(7)
+
+
+def give_adapters(worker: Any, name: str) -> None:
+    """Random values for every adapter of a loaded plan, the same under every layout."""
+    loaded = worker.loaded[name]
+    randomise(loaded.tasks, loaded.run.bound.plan.workload.model.gated)
