@@ -189,6 +189,30 @@ def newest_checkpoint(root: Path) -> Checkpoint | None:
     return None
 
 
+def find_task(root: Path, task: str) -> Checkpoint:
+    """The checkpoint that a folder is, the one of a task that left the folder's run, or the run's newest.
+
+    Raises:
+        InputError: no checkpoint, one that is not whole, or no such task in it.
+    """
+    found = _find(root, task)
+    known = [t.task_id for t in found.manifest.plan.workload.tasks]
+    if task not in known:
+        raise InputError(f"{found.folder}: has no task {task!r}: it has {', '.join(known)}")
+    return found
+
+
+def _find(root: Path, task: str) -> Checkpoint:
+    left = task_folder(root, task)
+    for folder in (root, left):
+        if (folder / MANIFEST).is_file():
+            return read_checkpoint(folder)
+    found = newest_checkpoint(root) if root.is_dir() else None
+    if found is None:
+        raise InputError(f"{root}: holds no checkpoint: make one with `muxtune execute PLAN --checkpoint DIR`")
+    return found
+
+
 def _first_good(folders: Sequence[Path]) -> Path | None:
     for folder in folders:
         try:

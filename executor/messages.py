@@ -54,11 +54,15 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replan:
-    """Give a loaded plan another plan: tasks that it lacks leave, new ones join, all others and the backbones stay."""
+    """Give a loaded plan another plan: tasks that it lacks leave, new ones join, all others and the backbones stay.
+
+    New tasks in `saved` go on from there.
+    """
 
     name: str
     bound: Bound
     seed: int
+    saved: Mapping[str, Checkpoint] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

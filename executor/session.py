@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from muxtune.executor import messages
 from muxtune.executor.checkpoint import (
@@ -23,7 +24,7 @@ from muxtune.executor.checkpoint import (
 )
 from muxtune.executor.group import WorkerGroup, measured_timeline
 from muxtune.executor.reports import StepReport
-from muxtune.executor.tensor_files import history_reports, read_tensors
+from muxtune.executor.saved_tasks import SavedTasks, require_goes_on, saved_history, saved_steps
 from muxtune.spec.bind import bind_draw
 from muxtune.spec.check import require_valid
 from muxtune.spec.draw import draw_onward
@@ -64,7 +65,7 @@ class Iteration:
 
 @noun
 class ReplanReport:
-    """Tasks that came and went before iteration `iteration`, and what it cost.
+    """Tasks that came and went before iteration `iteration`, and what it cost; `continued` came from a checkpoint.
 
     `check_seconds` went into checking the new plan and drawing its next Program, `save_seconds` into saving tasks that left,
     `apply_seconds` into building what is new on the ranks; planning itself is the planner's (`plan_seconds`).
@@ -73,6 +74,7 @@ class ReplanReport:
     iteration: int
     joined: tuple[str, ...]
     left: tuple[str, ...]
+    continued: tuple[str, ...] = ()
     plan_digest: str
     plan_seconds: float
     check_seconds: float
@@ -121,15 +123,17 @@ class Session:
         self.iteration += 1
         return Iteration(number=self.iteration - 1, bound=bound, results=tuple(results), steps=steps)
 
-    def register_tasks(self, plan: Plan, plan_seconds: float = 0.0) -> ReplanReport:
-        """Go on with a plan that has further tasks; they start at their step 0.
+    def register_tasks(
+        self, plan: Plan, plan_seconds: float = 0.0, saved: SavedTasks = MappingProxyType({})
+    ) -> ReplanReport:
+        """Go on with a plan that has further tasks; they start at their step 0, those in `saved` where they were saved.
 
         Raises:
             InputError: the plan has no new task, or is not one to go on with (`replan`).
         """
         if not {t.task_id for t in plan.workload.tasks} - set(self.done):
             raise InputError("register_tasks: the plan has no task that is not here already")
-        return self.replan(plan, plan_seconds)
+        return self.replan(plan, plan_seconds, saved)
 
     def remove_task(self, task_id: str, plan: Plan | None = None) -> ReplanReport:
         """Go on without a task, by another plan or by the present one without it.
@@ -145,29 +149,35 @@ class Session:
         plan = without_tasks(self.plan, tasks)
         return self.replan(plan, time.perf_counter() - started_s)
 
-    def replan(self, plan: Plan, plan_seconds: float = 0.0) -> ReplanReport:
+    def replan(self, plan: Plan, plan_seconds: float = 0.0, saved: SavedTasks = MappingProxyType({})) -> ReplanReport:
         """Go on with another plan: tasks that it lacks leave, new ones join; backbones and all other tasks stay as they are.
 
+        A new task in `saved` goes on from that checkpoint, curve included.
+
         Raises:
-            PlanError: the plan cannot be executed. InputError: another model or layout, or a task was changed.
+            PlanError: the plan cannot be executed. InputError: another model or layout, a task was changed, or one cannot go
+                on from its checkpoint.
         """
         started_s = time.perf_counter()
         require_continues(self.plan, plan, self.left)
         require_valid(plan, self.seed)
         after = [t.task_id for t in plan.workload.tasks]
         joined, left = [t for t in after if t not in self.done], [t for t in self.done if t not in after]
-        done = {t: self.done.get(t, 0) for t in after}
+        saved = {t: checkpoint for t, checkpoint in saved.items() if t in joined}
+        require_goes_on(saved, plan, self.seed)
+        done = {t: self.done.get(t, 0) for t in after} | saved_steps(saved)
         bound = self._bound(plan, done)
         checked_s = time.perf_counter()
         self.retire(left)
         saved_s = time.perf_counter()
-        self.group.ask(messages.Replan(name=NAME, bound=bound, seed=self.seed))
+        self.group.ask(messages.Replan(name=NAME, bound=bound, seed=self.seed, saved=saved))
         self.done, self.ready, self.plan = done, bound, plan
-        self.history |= {t: [] for t in joined}
+        self.history |= {t: saved_history(saved[t], t) if t in saved else [] for t in joined}
         return ReplanReport(
             iteration=self.iteration,
             joined=tuple(joined),
             left=tuple(left),
+            continued=tuple(saved),
             plan_digest=plan.decision_digest(),
             plan_seconds=plan_seconds,
             check_seconds=checked_s - started_s,
@@ -233,8 +243,7 @@ class Session:
             session.history[report.task].append(report)
         for left in manifest.left:
             saved = read_checkpoint(task_folder(root, left.task))
-            tensors = read_tensors(saved.paths(left.task, 0))
-            session.left[left.task] = tuple(history_reports(saved.manifest.plan.workload.task(left.task), tensors))
+            session.left[left.task] = tuple(saved_history(saved, left.task))
         return session
 
 

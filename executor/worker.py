@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from muxtune.executor import messages
-from muxtune.executor.checkpoint import FileRecord
+from muxtune.executor.checkpoint import Checkpoint, FileRecord
 from muxtune.executor.comm import own_device
 from muxtune.executor.data import token_source
 from muxtune.executor.hf.backbone import HfBackbone
@@ -148,6 +148,8 @@ class Worker:
                 if state is None:
                     state = register_task(stage, plan.workload.task(task_id), message.seed)
                     state.last_step = state.task.steps
+                    if task_id in message.saved:
+                        restore_saved(state, message.saved[task_id])
                 else:
                     hang(state, stage)
                 tasks[task_id] = state
@@ -169,9 +171,8 @@ class Worker:
     def restore(self, message: messages.Restore) -> tuple[StepReport, ...]:
         """Read this rank's part of a checkpoint, and swap in the Program that comes next."""
         loaded, rank = self.loaded[message.name], self.hello.rank
-        for task, state in loaded.tasks.items():
-            tp_rank = next((a.place.tp_rank for a in state.adapters.values()), 0)
-            restore_task(state, read_tensors(message.checkpoint.paths(task, tp_rank)))
+        for state in loaded.tasks.values():
+            restore_saved(state, message.checkpoint)
         generators = [f.name for f in message.checkpoint.manifest.files if (f.task, f.rank) == ("", rank)]
         restore_random(read_tensors(message.checkpoint.folder / name for name in generators), self.device)
         loaded.run = self._rank_run(message.bound, loaded.stages, loaded.tasks)
@@ -239,6 +240,12 @@ class Worker:
         """Run a function of another module in this process."""
         module, _, function = message.function.partition(":")
         return getattr(importlib.import_module(module), function)(self, *message.arguments)
+
+
+def restore_saved(state: TaskState, checkpoint: Checkpoint) -> None:
+    """Put a task back where a checkpoint left it; every pipeline stage's file is looked through."""
+    tp_rank = next((a.place.tp_rank for a in state.adapters.values()), 0)
+    restore_task(state, read_tensors(checkpoint.paths(state.task.task_id, tp_rank)))
 
 
 def matching_instances(old: Plan, new: Plan) -> dict[int, int]:

@@ -148,6 +148,14 @@ Joins = Annotated[
     list[str] | None,
     typer.Option("--join", metavar="N:FILE", help="Tasks of a workload file join before iteration N; may be repeated."),
 ]
+JoinsFrom = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--join-from",
+        metavar="N:TASK=DIR",
+        help="A task saved in a checkpoint folder goes on here before iteration N; may be repeated.",
+    ),
+]
 Leaves = Annotated[
     list[str] | None,
     typer.Option("--leave", metavar="N:TASK", help="A task leaves before iteration N; may be repeated."),

@@ -72,10 +72,36 @@ def test_training_changes_its_tasks_saves_and_goes_on(folder, capsys):
     refused(capsys, "seed 0", "seed 1")
 
 
+@pytest.mark.dist
+def test_a_task_of_one_run_goes_on_in_another(folder, capsys):
+    Path("longer.yaml").write_text(LATE.replace("steps: 2", "steps: 4"))
+    plan_late = ("plan", "--workload", "longer.yaml", "--cluster", "1xcpu", "--policy", "muxtune", "--out", "late.json")
+    assert main(plan_late) == 0
+    capsys.readouterr()
+    curves = {}
+    for count, more in ((4, ()), (3, ("--checkpoint", "state"))):
+        assert main(["execute", "late.json", "--iterations", str(count), "--json", *more]) == 0
+        curves[count] = json.loads(capsys.readouterr().out)["losses"]["late"]
+    joining = ("--join-from", "1:late=state", "--replan", "muxtune")
+    assert main(["execute", "plan.json", "--iterations", "3", "--json", *joining]) == 0
+    body = json.loads(capsys.readouterr().out)
+    assert [(x["iteration"], x["joined"], x["continued"], x["left"]) for x in body["replans"]] == [
+        (1, ["late"], ["late"], []),
+        (2, [], [], ["late"]),
+    ]
+    assert body["losses"]["late"][:3] == curves[3] == curves[4][:3]
+    assert body["losses"]["late"] == pytest.approx(curves[4], abs=1e-5)
+    assert main(["execute", "plan.json", "--seed", "1", *joining]) == 2
+    refused(capsys, "state/iteration-00000003", "run with --seed 0")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (("--join", "1:late.yaml"), ["--join 1:late.yaml", "--replan"]),
+        (("--join-from", "1:a=state"), ["--join-from 1:a=state", "--replan"]),
+        (("--join-from", "1:a", "--replan", "muxtune"), ["--join-from 1:a", "N:TASK=DIR"]),
+        (("--join-from", "1:a=gone", "--replan", "muxtune"), ["gone: holds no checkpoint"]),
         (("--leave", "b"), ["--leave 'b'", "N:TASK"]),
         (("--leave", "9:b"), ["--leave 9:b", "iterations 0 to 4"]),
         (("--leave", "1:x"), ["--leave 1:x", "known are a, b, c"]),

@@ -22,6 +22,7 @@ from muxtune.executor.checkpoint import (
     Manifest,
     TaskSteps,
     checkpoints,
+    find_task,
     iteration_folder,
     newest_checkpoint,
     prune_checkpoints,
@@ -30,6 +31,7 @@ from muxtune.executor.checkpoint import (
 from muxtune.executor.group import WorkerGroup
 from muxtune.executor.messages import Inspect, Inspection, Poison
 from muxtune.executor.reports import StepReport
+from muxtune.executor.saved_tasks import require_goes_on
 from muxtune.executor.session import NAME, Session
 from muxtune.executor.tensor_files import write_tensors
 from muxtune.policies.base import SystemState
@@ -126,6 +128,56 @@ def test_tasks_join_and_leave_without_a_trace(place: Place) -> None:
         assert losses(alone.curves())[task.task_id] == mixed[task.task_id]
         if task is not B:
             assert_same(after, look(workers), task.task_id)
+
+
+def test_a_saved_task_goes_on_inside_another_run_as_if_it_had_never_stopped(place: Place, tmp_path: Path) -> None:
+    """`a` (schedule, AdamW) and `c` (loss scale) are saved by runs of their own and meet `b` in a third."""
+    workers, layout = place
+    whole = run(Session(workers, make_plan(layout, (A, B)), seed=3), 5)
+    wanted, state = losses(whole.curves())["a"], look(workers)
+    first = run(Session(workers, make_plan(layout, (A,), (C,)), seed=3, checkpoint=tmp_path / "one"), 2)
+    first.save()
+    first.remove_task("c")
+    saved = {t: find_task(tmp_path / "one", t) for t in "ac"}
+    assert [saved[t].folder.name for t in "ac"] == ["iteration-00000002", "c"]
+    third = run(Session(workers, make_plan(layout, (B,)), seed=3, checkpoint=tmp_path / "third"), 2)
+    report = third.register_tasks(make_plan(layout, (A, B), (C,)), saved=saved)
+    assert (report.joined, report.continued) == (("a", "c"), ("a", "c"))
+    run(third, 1).save()
+    run(third, 2)
+    found = losses(third.curves())
+    assert found["a"] == pytest.approx(wanted, abs=1e-6)
+    for here, there in zip(look(workers), state, strict=True):
+        for name, tensor in there.state["a"].items():
+            assert here.state["a"][name] == pytest.approx(tensor, abs=1e-6)
+    # In an hTask of its own no bit differs, and the run that took it in resumes like any other.
+    assert found["c"] == losses(run(Session(workers, make_plan(layout, (C,)), seed=3), 5).curves())["c"]
+    newest = newest_checkpoint(tmp_path / "third")
+    assert newest is not None
+    assert losses(run(Session.resume(workers, newest, tmp_path / "third"), 2).curves()) == found
+
+
+def test_a_saved_task_that_cannot_go_on_is_refused(place: Place, tmp_path: Path) -> None:
+    workers, layout = place
+    short = replace(A, steps=3)
+    run(Session(workers, make_plan(layout, (short,), (C,)), seed=3, checkpoint=tmp_path), 3).save()
+    saved = {t: find_task(tmp_path, t) for t in "ac"}
+    model = make_plan(even_layout(model_preset("tiny-gpt2")), (C,), model="tiny-gpt2")
+    other = make_plan(even_layout(model_preset("tiny-test"), tp=1 if layout.tp > 1 else 2), (C,))
+    for task, plan, seed, reason in (
+        ("a", make_plan(layout, (short,)), 3, "taken all its 3 steps"),
+        ("c", make_plan(layout, (C,)), 4, "trained with seed 3: run with --seed 3"),
+        ("c", model, 3, "trained on tiny-test, this run trains tiny-gpt2"),
+        ("c", other, 3, f"saved with tp={layout.tp}, this run has tp={3 - layout.tp}"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            require_goes_on({task: saved[task]}, plan, seed)
+    changed = make_plan(layout, (B,), (replace(C, learning_rate=1.0),))
+    session = Session(workers, make_plan(layout, (B,)), seed=3)
+    with pytest.raises(InputError, match="task c differs from the one that was saved"):
+        session.register_tasks(changed, saved={"c": saved["c"]})
+    with pytest.raises(InputError, match="has no task 'x': it has a, c"):
+        find_task(tmp_path, "x")
 
 
 def test_a_task_of_another_backbone_copy_stays_when_the_first_copy_goes(place: Place) -> None:

@@ -100,7 +100,7 @@ def run(
     ranks = _ranks(found)
     bound = bind(found, seed=seed)
     _require_room(bound, device, ranks)
-    require_reachable(options.changes, found, iterations)
+    require_reachable(options.changes, found, iterations, seed)
     used = _choose_kernel(kernel, device)
     food = read_feed(options.backbone, options.data, [found.workload, *(w for _, w in options.changes.joins)])
     with _held(options.checkpoint):

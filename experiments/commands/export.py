@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from muxtune.executor.checkpoint import MANIFEST, Checkpoint, newest_checkpoint, read_checkpoint, task_folder
+from muxtune.executor.checkpoint import find_task
 from muxtune.executor.hf.adapters import export_lora
 from muxtune.executor.hf.families import family, family_of
 from muxtune.executor.tensor_files import read_tensors
 from muxtune.experiments.commands.inputs import output_folder
 from muxtune.experiments.console import render
-from muxtune.spec.errors import InputError
 
 PARAMETER = "parameter/"
 
@@ -25,11 +24,8 @@ def run(checkpoint: Path, task: str, out: Path, *, backbone: str = "", architect
     Raises:
         InputError: no whole checkpoint, no such task in it, not a LoRA, no such architecture.
     """
-    found = _find(checkpoint, task)
+    found = find_task(checkpoint, task)
     plan = found.manifest.plan
-    if task not in {t.task_id for t in plan.workload.tasks}:
-        known = ", ".join(t.task_id for t in plan.workload.tasks)
-        raise InputError(f"{found.folder}: has no task {task!r}: it has {known}")
     layout = next(i.layout for i in plan.instances if task in i.tasks)
     model = plan.workload.model
     shards = []
@@ -50,19 +46,6 @@ def run(checkpoint: Path, task: str, out: Path, *, backbone: str = "", architect
         "base_model": backbone or model.name,
         "out": str(folder),
     }
-
-
-def _find(checkpoint: Path, task: str) -> Checkpoint:
-    """The checkpoint that a folder is, or the newest of a run; a task that left has one of its own."""
-    if (checkpoint / MANIFEST).is_file():
-        return read_checkpoint(checkpoint)
-    left = task_folder(checkpoint, task)
-    if (left / MANIFEST).is_file():
-        return read_checkpoint(left)
-    found = newest_checkpoint(checkpoint) if checkpoint.is_dir() else None
-    if found is None:
-        raise InputError(f"{checkpoint}: holds no checkpoint: make one with `muxtune execute PLAN --checkpoint DIR`")
-    return found
 
 
 def show(body: dict[str, Any]) -> str:

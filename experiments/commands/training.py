@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from muxtune.executor.checkpoint import Checkpoint, find_task
+from muxtune.executor.saved_tasks import SavedTasks, require_goes_on
 from muxtune.executor.session import Iteration, ReplanReport, Session
 from muxtune.experiments.commands.inputs import Progress, load_cost, silent
 from muxtune.experiments.commands.metrics import Metrics
@@ -25,10 +27,12 @@ from muxtune.spec.task import Workload
 class Changes:
     """What happens before which iteration: workload files whose tasks join, tasks that leave; and who plans anew.
 
-    Without a `policy` the plan is kept without the tasks that leave, and none can join.
+    Without a `policy` the plan is kept without the tasks that leave, and none can join. Joining tasks in `saved` go on from
+    their checkpoint.
     """
 
     joins: tuple[tuple[int, Workload], ...] = ()
+    saved: SavedTasks = field(default_factory=dict)
     leaves: tuple[tuple[int, str], ...] = ()
     policy: str = ""
     cost: str = "roofline"
@@ -46,16 +50,33 @@ class Trained:
     last: Iteration | None = None
 
 
-def parse_changes(joins: Sequence[str], leaves: Sequence[str], policy: str, cost: str) -> Changes:
-    """`--join N:FILE`, `--leave N:TASK`.
+def parse_changes(
+    joins: Sequence[str], leaves: Sequence[str], policy: str, cost: str, joins_from: Sequence[str] = ()
+) -> Changes:
+    """`--join N:FILE`, `--leave N:TASK`, `--join-from N:TASK=DIR`.
 
     Raises:
-        InputError: another form, or a join without a policy to plan it.
+        InputError: another form, a join without a policy to plan it, or no whole checkpoint of such a task.
     """
-    if joins and not policy:
-        raise InputError(f"--join {joins[0]}: the new tasks need a plan: name a policy with --replan")
-    read = tuple((n, read_workload(Path(file))) for n, file in (_numbered("--join", "FILE", x) for x in joins))
-    return Changes(joins=read, leaves=tuple(_numbered("--leave", "TASK", x) for x in leaves), policy=policy, cost=cost)
+    for option, texts in (("--join", joins), ("--join-from", joins_from)):
+        if texts and not policy:
+            raise InputError(f"{option} {texts[0]}: the new tasks need a plan: name a policy with --replan")
+    read = [(n, read_workload(Path(file))) for n, file in (_numbered("--join", "FILE", x) for x in joins)]
+    saved: dict[str, Checkpoint] = {}
+    for number, text in (_numbered("--join-from", "TASK=DIR", x) for x in joins_from):
+        task, equals, folder = text.partition("=")
+        if not equals or task in saved:
+            raise InputError(f"--join-from {number}:{text}: give N:TASK=DIR, such as 3:alice=run/state, each task once")
+        saved[task] = find_task(Path(folder), task)
+        read.append((number, _only(saved[task].manifest.plan.workload, task, text)))
+    left = tuple(_numbered("--leave", "TASK", x) for x in leaves)
+    return Changes(joins=tuple(read), leaves=left, policy=policy, cost=cost, saved=saved)
+
+
+def _only(workload: Workload, task_id: str, name: str) -> Workload:
+    """One task of a workload and its data set."""
+    task = workload.task(task_id)
+    return replace(workload, name=name, tasks=(task,), datasets=(workload.lengths(task),))
 
 
 def _numbered(option: str, what: str, text: str) -> tuple[int, str]:
@@ -67,12 +88,13 @@ def _numbered(option: str, what: str, text: str) -> tuple[int, str]:
     return int(found[1]), found[2]
 
 
-def require_reachable(changes: Changes, plan: Plan, iterations: int) -> None:
+def require_reachable(changes: Changes, plan: Plan, iterations: int, seed: int) -> None:
     """Refuse changes that would never come, before anything runs.
 
     Raises:
-        InputError: an iteration beyond the last, or a task that is never in training leaves.
+        InputError: an iteration beyond the last, a task that is never in training leaves, or one that cannot go on here.
     """
+    require_goes_on(changes.saved, plan, seed)
     known = [t.task_id for w in (plan.workload, *(w for _, w in changes.joins)) for t in w.tasks]
     for option, number, what in (
         *(("--join", n, w.name) for n, w in changes.joins),
@@ -143,7 +165,7 @@ def _change(session: Session, changes: Changes, metrics: Metrics, done: Trained)
         plan = replanned(plan, changed_workload(plan.workload, gone, coming), changes, session.seed)
     else:
         plan = without_tasks(plan, gone)
-    done.replans.append(session.replan(plan, time.perf_counter() - started_s))
+    done.replans.append(session.replan(plan, time.perf_counter() - started_s, changes.saved))
     metrics.replan(done.replans[-1])
     return True
 
