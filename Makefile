@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= out/demo
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: setup demo test check bench bench-kernels clean
+.PHONY: setup demo test check bench bench-kernels convergence clean
 
 setup: $(VENV)/.exec
 
@@ -44,6 +44,10 @@ bench: $(VENV)/.dev
 # On a machine without a CUDA device it says so and measures nothing.
 bench-kernels: $(VENV)/.dev
 	@$(BIN)/python -m tests.bench_kernels $(KERNEL_OUT)
+
+# Curves and accuracies, no times: some minutes.
+convergence: $(VENV)/.dev
+	@$(BIN)/python -m tests.bench_convergence
 
 clean:
 	rm -rf build out .pytest_cache .mypy_cache .ruff_cache .hypothesis
