@@ -13,7 +13,9 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from muxtune.spec.errors import InputError
@@ -108,15 +110,35 @@ def checkpoints(root: Path) -> list[Path]:
     return sorted((p for p in root.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: p.name, reverse=True)
 
 
-def write_checkpoint(folder: Path, manifest: Callable[[Path], Manifest]) -> Path:
+#: Runs a step once for all processes that save together, and gives each its answer.
+Agree = Callable[[Callable[[], Any]], Any]
+
+
+def write_checkpoint(folder: Path, manifest: Callable[[Path], Manifest], agree: Agree = lambda step: step()) -> Path:
     """Make a checkpoint: `manifest` writes the tensors into the folder it is given and says what they are.
 
-    The folder gets its name by one rename after everything in it is on disk: before that moment it does not exist.
+    The folder gets its name by one rename after everything in it is on disk: before that moment it does not exist. Where each
+    rank calls this in a process of its own, `agree` makes one of them do what is to be done once.
     """
-    part, old = (folder.with_name(f"{folder.name}.{kind}-{os.getpid()}") for kind in ("part", "old"))
+    part = agree(partial(_fresh_part, folder))
+    found = manifest(part).signed()
+    agree(partial(_publish, part, folder, found))
+    return folder
+
+
+def _fresh_part(folder: Path) -> Path:
+    part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    write_noun(manifest(part).signed(), part / MANIFEST)
+    return part
+
+
+def _publish(part: Path, folder: Path, manifest: Manifest) -> None:
+    for record in manifest.files:
+        if not (part / record.name).is_file():
+            raise InputError(f"{part}: rank {record.rank} wrote elsewhere: give a folder that every machine sees")
+    old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
+    write_noun(manifest, part / MANIFEST)
     _sync(part)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -124,7 +146,6 @@ def write_checkpoint(folder: Path, manifest: Callable[[Path], Manifest]) -> Path
     os.replace(part, folder)
     _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-    return folder
 
 
 def _sync(folder: Path) -> None:

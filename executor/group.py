@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -103,6 +103,10 @@ class WorkerGroup:
         self.log.flush()
         self.log.seek(0)
         return self.log.read()
+
+    def agree(self, step: Callable[[], Any]) -> Any:
+        """Run a step that is to be done once; here there is one process that speaks."""
+        return step()
 
     def ask(self, message: Any) -> list[Any]:
         """Send one message to every rank and return the answers in rank order.

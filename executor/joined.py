@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal
 
@@ -49,6 +50,12 @@ class JoinedGroup(WorkerGroup):
         found: list[Any] = [None] * self.ranks
         dist.all_gather_object(found, answer)
         return found
+
+    def agree(self, step: Callable[[], Any]) -> Any:
+        """Rank 0 runs the step and every rank gets its answer, after which it is done for all."""
+        found = [step() if self.worker.hello.rank == 0 else None]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
 
     def close(self) -> None:
         """Leave the process group."""

@@ -194,7 +194,7 @@ class Session:
 
     def save_task(self, task_id: str, folder: Path) -> Path:
         """Save one task as a checkpoint of its own."""
-        return write_checkpoint(folder, partial(self._manifest, tasks=(task_id,)))
+        return write_checkpoint(folder, partial(self._manifest, tasks=(task_id,)), self.group.agree)
 
     def curves(self) -> dict[str, list[StepReport]]:
         """The steps of every task so far, those that left included."""
@@ -209,8 +209,8 @@ class Session:
         if self.checkpoint is None:
             raise InputError("save: the session was made without a checkpoint folder")
         folder = iteration_folder(self.checkpoint, self.iteration)
-        write_checkpoint(folder, partial(self._manifest, tasks=None))
-        prune_checkpoints(self.checkpoint, keep)
+        write_checkpoint(folder, partial(self._manifest, tasks=None), self.group.agree)
+        self.group.agree(partial(prune_checkpoints, self.checkpoint, keep))
         return folder
 
     def _manifest(self, part: Path, tasks: tuple[str, ...] | None) -> Manifest:

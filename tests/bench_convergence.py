@@ -1,4 +1,4 @@
-"""`make convergence`: how far multiplexed curves lie from solo ones on real texts, rate by rate; skills longer than the suite's."""
+"""`make convergence`: how far multiplexed curves lie from solo ones on real texts, rate by rate; skills on unseen rows."""
 
 from __future__ import annotations
 

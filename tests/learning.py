@@ -109,7 +109,7 @@ def text_tasks(steps: int, length: int, rate: float = 1e-3) -> list[dict[str, An
     own: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
         ({"rank": 8}, cosine),
         ({"rank": 16}, {"learning_rate": rate}),
-        ({"rank": 4, "targets": ["fc1", "fc2"]}, {"optimizer": "sgd", "learning_rate": 60 * rate}),
+        ({"rank": 4, "targets": ["fc1", "fc2"]}, {"optimizer": "sgd", "learning_rate": 30 * rate}),
         ({"rank": 8, "dropout": 0.1}, cosine),
     )
     return [

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from muxtune.executor.checkpoint import checkpoints, newest_checkpoint
 from muxtune.executor.group import WorkerGroup, measured_timeline
 from muxtune.executor.messages import Call, Gradients, Inspect, Inspection, Poison
 from muxtune.executor.reports import Array
+from muxtune.executor.session import Session
 from muxtune.policies.base import SystemState, make_policy
 from muxtune.policies.build import make_instance
 from muxtune.sim.cost.roofline import Roofline
@@ -396,16 +398,30 @@ def _with_steps(instance: Instance, actions: Sequence[Action]) -> Iterator[Actio
 
 
 def test_torchrun_trains_like_workers(workers: WorkerGroup, tmp_path: Path) -> None:
+    """And saves like them: workers begin the run, torchrun goes on with it, workers end it; bit for bit as without a stop."""
     plan = make_plan("dp=2", microbatches=1)
     write_noun(plan, tmp_path / "plan.json")
+    state = tmp_path / "state"
+    session = Session(workers, plan, seed=3, checkpoint=state)
+    session.iterate()
+    session.save()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "muxtune.experiments.main"]
-    command += ["execute", str(tmp_path / "plan.json"), "--iterations", "1", "--seed", "3", "--json"]
+    command += ["execute", str(tmp_path / "plan.json"), "--iterations", "3", "--seed", "3", "--json"]
+    command += ["--checkpoint", str(state), "--every", "1", "--keep", "2", "--resume"]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout)
-    assert found["ranks"] == 2
-    workers.load("x", bind(plan, seed=3), seed=3)
-    workers.run("x")
-    expected = curves(workers.ask(Inspect(name="x")))
-    assert {t: tuple(x) for t, x in found["losses"].items()} == expected
+    assert (found["ranks"], found["resumed_at"]) == (2, 1)
+    assert [p.name for p in checkpoints(state)] == ["iteration-00000003", "iteration-00000002"]
+    newest = newest_checkpoint(state)
+    assert newest is not None
+    assert {f.rank for f in newest.manifest.files} == {0, 1}
+    whole_run = Session(workers, plan, seed=3)
+    for _ in range(4):
+        whole_run.iterate()
+    expected = {t: [r.loss for r in reports] for t, reports in whole_run.curves().items()}
+    assert found["losses"] == {t: x[:3] for t, x in expected.items()}
+    last = Session.resume(workers, newest, state)
+    last.iterate()
+    assert {t: [r.loss for r in reports] for t, reports in last.curves().items()} == expected

@@ -20,7 +20,7 @@ from muxtune.executor.layer_spec import LAYER_SPECS
 from muxtune.executor.messages import Unload
 from muxtune.executor.reports import StepReport
 from muxtune.executor.session import Session
-from muxtune.executor.torchrun import leads, torchrun_rank
+from muxtune.executor.torchrun import leads
 from muxtune.experiments.commands import baseline
 from muxtune.experiments.commands.feed import read_feed
 from muxtune.experiments.commands.inputs import Progress, output_file, output_folder, read_plan, silent
@@ -129,11 +129,10 @@ def run(
 
 
 def _held(checkpoint: Path | None) -> AbstractContextManager[None]:
-    if checkpoint is not None and torchrun_rank() is not None:
-        raise InputError(
-            "--checkpoint under torchrun: every process would write it: run `muxtune execute` without torchrun"
-        )
-    return nullcontext() if checkpoint is None else locked(output_folder(checkpoint, "--checkpoint"))
+    """The checkpoint folder, held by this process; under torchrun rank 0 holds it for all."""
+    if checkpoint is None or not leads():
+        return nullcontext()
+    return locked(output_folder(checkpoint, "--checkpoint"))
 
 
 def starting_point(options: TrainOptions, plan: Plan, seed: int) -> Checkpoint | None:
