@@ -78,21 +78,22 @@ def test_a_task_of_one_run_goes_on_in_another(folder, capsys):
     plan_late = ("plan", "--workload", "longer.yaml", "--cluster", "1xcpu", "--policy", "muxtune", "--out", "late.json")
     assert main(plan_late) == 0
     capsys.readouterr()
-    curves = {}
-    for count, more in ((4, ()), (3, ("--checkpoint", "state"))):
-        assert main(["execute", "late.json", "--iterations", str(count), "--json", *more]) == 0
-        curves[count] = json.loads(capsys.readouterr().out)["losses"]["late"]
-    joining = ("--join-from", "1:late=state", "--replan", "muxtune")
+    saving = ("--checkpoint", "state", "--every", "3")
+    assert main(["execute", "late.json", "--iterations", "4", "--json", *saving]) == 0
+    uninterrupted = json.loads(capsys.readouterr().out)["losses"]["late"]
+    joining = ("--join-from", "1:late=state/iteration-00000003", "--replan", "muxtune")
     assert main(["execute", "plan.json", "--iterations", "3", "--json", *joining]) == 0
     body = json.loads(capsys.readouterr().out)
     assert [(x["iteration"], x["joined"], x["continued"], x["left"]) for x in body["replans"]] == [
         (1, ["late"], ["late"], []),
         (2, [], [], ["late"]),
     ]
-    assert body["losses"]["late"][:3] == curves[3] == curves[4][:3]
-    assert body["losses"]["late"] == pytest.approx(curves[4], abs=1e-5)
+    assert body["losses"]["late"][:3] == uninterrupted[:3]
+    assert body["losses"]["late"] == pytest.approx(uninterrupted, abs=1e-5)
     assert main(["execute", "plan.json", "--seed", "1", *joining]) == 2
     refused(capsys, "state/iteration-00000003", "run with --seed 0")
+    assert main(["execute", "plan.json", "--join-from", "1:late=state", "--replan", "muxtune"]) == 2
+    refused(capsys, "state/iteration-00000004", "taken all its 4 steps")
 
 
 @pytest.mark.parametrize(
