@@ -35,7 +35,9 @@ def spec_nouns() -> list[type[Any]]:
         if parts[-1] != "__init__":
             module = importlib.import_module(".".join(("muxtune.spec", *parts)))
             found += [
-                v for v in vars(module).values() if dataclasses.is_dataclass(v) and v.__module__ == module.__name__
+                v
+                for v in vars(module).values()
+                if isinstance(v, type) and dataclasses.is_dataclass(v) and v.__module__ == module.__name__
             ]
     return found  # type: ignore[return-value]
 
