@@ -1,4 +1,4 @@
-"""`muxtune suite`, beside the commands of cli.py."""
+"""`muxtune suite`: policies over a folder of cases."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import typer
 
 from muxtune.experiments import options as opt
 from muxtune.experiments.answer import Answer, example
-from muxtune.experiments.cli import app as app
+
+suite_app = typer.Typer()
 
 
-@app.command(epilog=example("suite --policies hf-peft,muxtune,ilp --policy ./mine.py:MyPolicy --jobs 2"))
+@suite_app.command(epilog=example("suite --policies hf-peft,muxtune,ilp --policy ./mine.py:MyPolicy --jobs 2"))
 def suite(
     folder: Annotated[
         Path | None,

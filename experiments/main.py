@@ -12,7 +12,7 @@ import typer
 
 from muxtune.executor.torchrun import leads
 from muxtune.experiments.answer import Answer
-from muxtune.experiments.cli_suite import app
+from muxtune.experiments.cli import app
 from muxtune.spec.errors import InputError, MuxtuneError, NoAnswerError
 
 #: Modules of optional installs, and the extra that brings them.
