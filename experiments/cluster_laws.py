@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
-import traceback
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+from muxtune.experiments.laws import Law
 from muxtune.policies.cluster.base import ClusterPolicy, make_cluster_policy
 from muxtune.sim.cluster.engine import Replay
 from muxtune.sim.cluster.figures import figures
@@ -20,7 +19,7 @@ from muxtune.sim.cluster.random_faults import FaultRates, random_faults
 from muxtune.sim.cluster.setup import Setup
 from muxtune.spec.cluster import parse_cluster
 from muxtune.spec.errors import InfeasibleError, InputError
-from muxtune.spec.estimate import Estimate
+from muxtune.spec.estimate import Estimate, formula_estimate
 from muxtune.spec.fleet import FleetCosts, InstanceShape, TaskType
 from muxtune.spec.jobs import Job, Trace, TraceHeader
 from muxtune.spec.layout import even_layout
@@ -45,26 +44,8 @@ def price(types: Sequence[TaskType], shape: InstanceShape) -> Estimate:
     tokens = sum(t.step_tokens for t in types)
     reference = shape.slice.device.frequency_mhz[0] if shape.slice.device.frequency_mhz else 1
     scale = reference / (shape.frequency_mhz or reference)
-    return Estimate(
-        iteration_ns=round(scale * (SECOND // 1000 + SECOND // 2000 * len(types))),
-        spread=0.0,
-        draws=1,
-        per_task=(),
-        peak_bytes=(0,),
-        raw_tokens=tokens,
-        billed_tokens=tokens,
-        processed_tokens=tokens,
-        truncated_tokens=0,
-        bubble_fraction=0.0,
-        exposed_comm_fraction=0.0,
-        host_bound_fraction=0.0,
-        extrapolated_fraction=0.0,
-        relative_error=0.0,
-        energy_j=float(tokens),
-        cost_model="law",
-        calibrated=False,
-        utilisation=0.5,
-    )
+    iteration_ns = round(scale * (SECOND // 1000 + SECOND // 2000 * len(types)))
+    return formula_estimate("law", iteration_ns, tokens, energy_j=float(tokens), utilisation=0.5, peak_bytes=(0,))
 
 
 def law_jobs(count: int) -> list[Job]:
@@ -111,29 +92,6 @@ def replay_of(reference: str, count: int = 60, faults: bool = True, rules: Clust
 def outcome(reference: str) -> str:
     """A digest of everything that a replay says."""
     return digest(figures(replay_of(reference)))
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterLaw:
-    """A law by name, what it says, and what asks it of a cluster policy reference."""
-
-    name: str
-    says: str
-    ask: Callable[[str], str | None]
-
-    def counterexample(self, reference: str) -> str | None:
-        """One line, or None where the law holds; an error that the policy raises is a counterexample.
-
-        Raises:
-            InputError: the reference, not the policy, is wrong.
-        """
-        make_cluster_policy(reference)
-        try:
-            return self.ask(reference)
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            text = " ".join(str(error).split())
-            return f"raised {type(error).__name__} at {Path(place.filename).name}:{place.lineno}: {text}"
 
 
 def _ends(reference: str) -> str | None:
@@ -205,10 +163,11 @@ def outcomes_elsewhere(references: Sequence[str], hash_seed: int) -> dict[str, s
     return found
 
 
+_law = partial(Law, require=make_cluster_policy)
 CLUSTER_LAWS = (
-    ClusterLaw(name="ends", says="every job completes, is refused, cancelled or given up, once", ask=_ends),
-    ClusterLaw(name="conserves", says="GPU time adds up, tokens trained are tokens asked for", ask=_conserves),
-    ClusterLaw(name="pure", says="equal traces give equal replays", ask=_pure),
-    ClusterLaw(name="capped", says="no instance has more tasks than its cap", ask=_capped),
-    ClusterLaw(name="works", says="a job that comes to an empty cluster starts at once", ask=_works),
+    _law(name="ends", says="every job completes, is refused, cancelled or given up, once", ask=_ends),
+    _law(name="conserves", says="GPU time adds up, tokens trained are tokens asked for", ask=_conserves),
+    _law(name="pure", says="equal traces give equal replays", ask=_pure),
+    _law(name="capped", says="no instance has more tasks than its cap", ask=_capped),
+    _law(name="works", says="a job that comes to an empty cluster starts at once", ask=_works),
 )

@@ -31,7 +31,7 @@ from muxtune.spec.model import model_preset
 from muxtune.spec.noun import digest
 from muxtune.spec.peft.lora import LoRA
 from muxtune.spec.plan import Plan
-from muxtune.spec.registry import load_file_class, split_reference
+from muxtune.spec.registry import plugin_class, split_reference
 from muxtune.spec.task import Task, Workload
 from muxtune.spec.units import MIB
 
@@ -48,13 +48,18 @@ print(json.dumps({name: digest(planned(name, law_state(6, 1, 2, 2))) for name in
 """
 
 
+def _require_policy(reference: str) -> None:
+    make_policy(reference, Roofline())
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Law:
-    """A law by name, what it says, and what asks it of a policy reference."""
+    """A law by name, what it says, and what asks it of a policy reference, which `require` refuses where it names none."""
 
     name: str
     says: str
     ask: Callable[[str], str | None]
+    require: Callable[[str], object] = _require_policy
 
     def counterexample(self, reference: str) -> str | None:
         """One line, or None where the law holds; an error that a policy may not raise is a counterexample.
@@ -62,7 +67,7 @@ class Law:
         Raises:
             InputError: the reference, not the policy, is wrong.
         """
-        make_policy(reference, Roofline())
+        self.require(reference)
         try:
             return self.ask(reference)
         except Exception as error:
@@ -114,11 +119,8 @@ def policy_class(reference: str) -> type[Policy]:
         InputError: there is none.
     """
     name, _ = split_reference(reference)
-    if ".py:" in name:
-        found: type[Policy] = load_file_class(name, Policy)
-        return found
     make_policy(reference, Roofline())
-    return policies()[name]
+    return plugin_class("policy", name, Policy, policies)
 
 
 def with_options(reference: str, options: str) -> str:

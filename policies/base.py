@@ -10,12 +10,12 @@ from typing import Any
 from muxtune.policies.objectives.base import THROUGHPUT, Goal
 from muxtune.sim.cost.base import CostModel
 from muxtune.spec.cluster import Cluster
-from muxtune.spec.errors import InputError, UnknownKeyError
+from muxtune.spec.errors import InputError
 from muxtune.spec.estimate import Estimate
 from muxtune.spec.layout import Layout, LayoutChoice
 from muxtune.spec.noun import noun
 from muxtune.spec.plan import Plan
-from muxtune.spec.registry import load_file_class, parse_config, plugins, split_reference
+from muxtune.spec.registry import parse_config, plugin_class, plugins, split_reference
 from muxtune.spec.task import Workload
 
 Evaluate = Callable[[Plan], Estimate]
@@ -98,11 +98,5 @@ def make_policy(reference: str, cost: CostModel) -> Policy:
         UnknownKeyError: no such policy or option.
     """
     name, options = split_reference(reference)
-    if ".py:" in name:
-        found: type[Policy] = load_file_class(name, Policy)
-    else:
-        known = policies()
-        if name not in known:
-            raise UnknownKeyError("policy", name, known)
-        found = known[name]
+    found: type[Policy] = plugin_class("policy", name, Policy, policies)
     return found(parse_config("policy", name, found.Config, options), cost)

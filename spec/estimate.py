@@ -80,3 +80,35 @@ class Estimate:
     def rate_per_s(self, tokens: int) -> float:
         """Tokens per second at this iteration time."""
         return tokens * 1e9 / self.iteration_ns
+
+
+def formula_estimate(
+    cost_model: str,
+    iteration_ns: int,
+    tokens: int,
+    *,
+    energy_j: float | None = None,
+    utilisation: float | None = None,
+    peak_bytes: tuple[int, ...] = (),
+) -> Estimate:
+    """What a formula, and no simulator, says of a Program: nothing is padded, idle or uncertain."""
+    return Estimate(
+        iteration_ns=iteration_ns,
+        spread=0.0,
+        draws=1,
+        per_task=(),
+        peak_bytes=peak_bytes,
+        raw_tokens=tokens,
+        billed_tokens=tokens,
+        processed_tokens=tokens,
+        truncated_tokens=0,
+        bubble_fraction=0.0,
+        exposed_comm_fraction=0.0,
+        host_bound_fraction=0.0,
+        extrapolated_fraction=0.0,
+        relative_error=0.0,
+        energy_j=energy_j,
+        cost_model=cost_model,
+        calibrated=False,
+        utilisation=utilisation,
+    )

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -94,6 +94,20 @@ def load_file_class(reference: str, base: type) -> type[Any]:
         known = [k for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, base) and v is not base]
         raise InputError(f"{file_name}: no {base.__name__} named {class_name!r}; it defines {known or 'none'}")
     return found
+
+
+def plugin_class(kind: str, name: str, base: type, known: Callable[[], Mapping[str, type[Any]]]) -> type[Any]:
+    """The plug-in that a name without options stands for: a key of `known`, or `FILE.py:CLASS`.
+
+    Raises:
+        UnknownKeyError: no such key. InputError: the file or the class is not there, or the class is not a `base`.
+    """
+    if ".py:" in name:
+        return load_file_class(name, base)
+    found = known()
+    if name not in found:
+        raise UnknownKeyError(kind, name, found)
+    return found[name]
 
 
 def parse_config(kind: str, name: str, config_class: type, options: Mapping[str, str]) -> Any:

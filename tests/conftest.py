@@ -16,7 +16,7 @@ from muxtune.sim.cost.base import Cost
 from muxtune.spec.align import Alignment
 from muxtune.spec.bind import bind
 from muxtune.spec.cluster import Cluster, DeviceSpec, Link, parse_cluster
-from muxtune.spec.estimate import Estimate
+from muxtune.spec.estimate import Estimate, formula_estimate
 from muxtune.spec.layout import even_layout
 from muxtune.spec.lengths import embedded_length
 from muxtune.spec.model import model_preset
@@ -111,25 +111,7 @@ def with_memory(cluster: Cluster, memory_bytes: int) -> Cluster:
 def count_tokens_processed(plan: Plan) -> Estimate:
     """A stand-in for the simulator: one nanosecond a processed token."""
     tokens = sum(w.tokens for w in bind(plan, seed=0).program.units)
-    return Estimate(
-        iteration_ns=tokens,
-        spread=0.0,
-        draws=1,
-        per_task=(),
-        peak_bytes=(),
-        raw_tokens=tokens,
-        billed_tokens=tokens,
-        processed_tokens=tokens,
-        truncated_tokens=0,
-        bubble_fraction=0.0,
-        exposed_comm_fraction=0.0,
-        host_bound_fraction=0.0,
-        extrapolated_fraction=0.0,
-        relative_error=0.0,
-        energy_j=None,
-        cost_model="tokens",
-        calibrated=False,
-    )
+    return formula_estimate("tokens", tokens, tokens)
 
 
 def make_hand_plan(

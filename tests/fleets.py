@@ -12,7 +12,7 @@ from muxtune.sim.cluster.prices import Prices, Shelf
 from muxtune.sim.cluster.setup import Setup
 from muxtune.spec.cluster import parse_cluster
 from muxtune.spec.errors import InfeasibleError
-from muxtune.spec.estimate import Estimate
+from muxtune.spec.estimate import Estimate, formula_estimate
 from muxtune.spec.fleet import FREE, InstanceShape, Pricer, TaskType
 from muxtune.spec.jobs import Job, Trace, TraceHeader
 from muxtune.spec.layout import even_layout
@@ -25,26 +25,7 @@ PEFT = LoRA()
 
 def estimate_of(iteration_ns: int, tokens: int) -> Estimate:
     """An Estimate of which the cluster engine reads only time, tokens and energy (100 J an iteration)."""
-    return Estimate(
-        iteration_ns=iteration_ns,
-        spread=0.0,
-        draws=1,
-        per_task=(),
-        peak_bytes=(0,),
-        raw_tokens=tokens,
-        billed_tokens=tokens,
-        processed_tokens=tokens,
-        truncated_tokens=0,
-        bubble_fraction=0.0,
-        exposed_comm_fraction=0.0,
-        host_bound_fraction=0.0,
-        extrapolated_fraction=0.0,
-        relative_error=0.0,
-        energy_j=100.0,
-        cost_model="formula",
-        calibrated=False,
-        utilisation=0.5,
-    )
+    return formula_estimate("formula", iteration_ns, tokens, energy_j=100.0, utilisation=0.5, peak_bytes=(0,))
 
 
 def by_count(fixed_ns: int = S, each_ns: int = 0, most_samples: int | None = None) -> Pricer:

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from muxtune.spec.errors import UnknownKeyError
 from muxtune.spec.fleet import FleetView, InstanceView, JobView
 from muxtune.spec.noun import noun
-from muxtune.spec.registry import load_file_class, parse_config, plugins, split_reference
+from muxtune.spec.registry import parse_config, plugin_class, plugins, split_reference
 
 
 @noun
@@ -113,11 +112,5 @@ def make_cluster_policy(reference: str) -> ClusterPolicy:
         UnknownKeyError: no such policy or option.
     """
     name, options = split_reference(reference)
-    if ".py:" in name:
-        found: type[ClusterPolicy] = load_file_class(name, ClusterPolicy)
-    else:
-        known = cluster_policies()
-        if name not in known:
-            raise UnknownKeyError("cluster policy", name, known)
-        found = known[name]
+    found: type[ClusterPolicy] = plugin_class("cluster policy", name, ClusterPolicy, cluster_policies)
     return found(parse_config("cluster policy", name, found.Config, options))

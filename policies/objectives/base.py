@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from muxtune.spec.errors import UnknownKeyError
 from muxtune.spec.estimate import Estimate, TaskStep
 from muxtune.spec.noun import noun
-from muxtune.spec.registry import load_file_class, plugins
+from muxtune.spec.registry import plugin_class, plugins
 from muxtune.spec.task import Workload
 
 #: Not met, or not known: behind every plan that has a figure.
@@ -126,13 +125,8 @@ def require_objective(name: str) -> Objective:
     Raises:
         UnknownKeyError: there is none.
     """
-    if ".py:" in name:
-        own: type[Objective] = load_file_class(name, Objective)
-        return own()
-    known = objectives()
-    if name not in known:
-        raise UnknownKeyError("objective", name, known)
-    return known[name]()
+    found: type[Objective] = plugin_class("objective", name, Objective, objectives)
+    return found()
 
 
 def values(workload: Workload, found: Estimate, more: Sequence[str] = ()) -> dict[str, float | None]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from muxtune.experiments.cluster_laws import CLUSTER_LAWS, ClusterLaw, outcome, outcomes_elsewhere
+from muxtune.experiments.cluster_laws import CLUSTER_LAWS, outcome, outcomes_elsewhere
+from muxtune.experiments.laws import Law
 from muxtune.policies.cluster.base import cluster_policies, make_cluster_policy
 from muxtune.spec.errors import InputError
 
@@ -33,7 +34,7 @@ def test_every_policy_of_the_design_is_there() -> None:
 
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("law", CLUSTER_LAWS, ids=lambda law: law.name)
-def test_law(law: ClusterLaw, reference: str) -> None:
+def test_law(law: Law, reference: str) -> None:
     assert law.counterexample(reference) is None
 
 
@@ -45,6 +46,7 @@ def test_replays_are_equal_in_other_processes() -> None:
 
 BAD = """
 import itertools
+from muxtune.experiments.laws import Law
 from muxtune.policies.cluster.base import ClusterPolicy, rooms, spread
 
 class Lazy(ClusterPolicy):
